@@ -1,0 +1,47 @@
+# `make` lists the targets. Everything lives in .venv/; nothing outside the repository is touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := torch
+
+.PHONY: help demo test lint budget clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
+
+demo: $(VENV)/.built ## build everything and let the embedded model tell a story
+	$(BIN)/rookery generate --max-tokens 120 "Once upon a time"
+
+test: $(VENV)/.tested-tools ## everything that CI runs: style, import contracts, tests
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/pytest -n 2
+
+lint: $(VENV)/.tested-tools ## style, formatting, types and import contracts
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/lint-imports
+
+budget: $(VENV)/.tested-tools ## seconds per test folder, import times, longest files
+	$(BIN)/python benchmarks/budget.py
+
+clean: ## remove the environment and everything built
+	rm -rf $(VENV) build src/rookery/_native*.so
+
+# the environment with the compiled module, remade when what it is made from changes
+NATIVE := CMakeLists.txt $(shell find native -name '*.cpp' -o -name '*.hpp')
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.built: $(BIN)/python pyproject.toml constraints.txt $(NATIVE)
+	@command -v $${CXX:-c++} >/dev/null || { echo "no C++ compiler found: install one (Debian: apt-get install g++), or set CXX"; exit 1; }
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt scikit-build-core nanobind cmake ninja
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.tested-tools: $(VENV)/.built
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[$(EXTRAS)]" \
+		pytest pytest-xdist hypothesis ruff import-linter
+	@touch $@

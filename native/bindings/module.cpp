@@ -1,0 +1,27 @@
+// The Python module rookery._native. Each part of the library binds its own functions in a file beside this one.
+#include "bindings/module.hpp"
+
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+#include <vector>
+
+#include "core/isa.hpp"
+#include "core/threads.hpp"
+
+namespace nb = nanobind;
+
+NB_MODULE(_native, m) {
+  m.doc() = "CPU kernels and runtime of rookery.";
+  m.def(
+      "available_isas",
+      [] {
+        std::vector<std::string> names;
+        for (rookery::Isa isa : rookery::available_isas()) names.emplace_back(rookery::name(isa));
+        return names;
+      },
+      "Instruction sets that this build has and this machine runs, the best one last.");
+  m.def("available_cores", &rookery::available_cores, "Cores that this process may use.");
+  rookery::bind_wkv7(m);
+}

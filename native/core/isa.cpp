@@ -1,0 +1,40 @@
+#include "core/isa.hpp"
+
+#include <algorithm>
+#include <array>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace rookery {
+
+std::string_view name(Isa isa) {
+  constexpr std::array<std::string_view, 3> names{"portable", "avx2", "avx512"};
+  return names[static_cast<std::size_t>(isa)];
+}
+
+std::span<const Isa> available_isas() {
+  static const std::vector<Isa> found = [] {
+    std::vector<Isa> isas{Isa::portable};
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("x86-64-v3")) isas.push_back(Isa::avx2);
+    if (__builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16") &&
+        __builtin_cpu_supports("avx512vnni"))
+      isas.push_back(Isa::avx512);
+#endif
+    return isas;
+  }();
+  return found;
+}
+
+Isa find_isa(std::string_view wanted) {
+  const auto isas = available_isas();
+  if (wanted.empty()) return isas.back();
+  const auto match = std::ranges::find(isas, wanted, [](Isa isa) { return name(isa); });
+  if (match != isas.end()) return *match;
+  std::string message = "no instruction set '" + std::string(wanted) + "' on this machine; it has:";
+  for (Isa isa : isas) message += " " + std::string(name(isa));
+  throw std::invalid_argument(message);
+}
+
+}  // namespace rookery

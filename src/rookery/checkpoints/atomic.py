@@ -1,0 +1,32 @@
+"""Writing a file so that it is whole or absent, whatever happens in between."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; what is written there takes its place when the block ends without error.
+
+    An error, an interruption or a full disk leaves `path` as it was and removes the temporary file. The data is flushed
+    to the disk before the rename, so that a power cut cannot leave an empty file of the right name.
+    """
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        # mkstemp makes private files; a model file should be readable as any other file of the user
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    finally:
+        with suppress(FileNotFoundError):  # gone already when the rename happened
+            temporary.unlink()

@@ -1,0 +1,40 @@
+"""The record that every family fills in."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Kind = Literal["language", "image", "pair", "diffusion", "series"]
+Shapes = Mapping[str, tuple[int, ...]]
+"""Tensor name -> shape, as a checkpoint reports them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Everything about a family that needs no torch.
+
+    `models/<name>.py` holds the torch module that `builder` names ("module:Class"); it is imported when a model is built.
+    """
+
+    name: str
+    """Registered name, the part before the dash of every preset."""
+    kind: Kind
+    """What the model takes and returns; chooses the contract that tests hold it to."""
+    config: type
+    """The frozen dataclass that describes one model of the family."""
+    builder: str
+    """Import path of the torch module, "package.module:Class"."""
+    presets: Mapping[str, Any]
+    """Name after the dash ("0.1b", "test") -> config."""
+    create: Callable[..., Any]
+    """Overrides -> config for the bare family name; sizes not given follow the newest official formula."""
+    recognise: Callable[[Shapes], bool]
+    """True if tensors of these (official) names and shapes are this family's."""
+    config_from_shapes: Callable[[Shapes], Any]
+    """Config read off tensor shapes, never from a formula; raises BadCheckpoint naming what is missing."""
+    tensor_shapes: Callable[[Any], dict[str, tuple[int, ...]]]
+    """Config -> name and shape of every parameter, in the official order."""
+    is_unused: Callable[[str], bool] = field(default=lambda name: False)
+    """True for tensors that published files carry and the model does not use; loading drops them and says so."""
+    layouts: Mapping[str, Any] = field(default_factory=dict)
+    """Format name ("ggmf", "fla", "gguf") -> key map; see `rookery.checkpoints.layout`."""

@@ -1,0 +1,179 @@
+"""RWKV-7 "Goose" (arXiv 2503.14456): sizes, official tensor names, presets. Code: BlinkDL/RWKV-LM, RWKV-v7."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rookery.errors import BadCheckpoint
+from rookery.families.base import Family, Shapes
+
+
+@dataclass(frozen=True, kw_only=True)
+class RWKV7Config:
+    """Sizes and choices of one RWKV-7 model."""
+
+    vocab_size: int = 65536
+    """Tokens in the vocabulary, padding included."""
+    hidden_size: int = 768
+    """Width of the residual stream."""
+    num_hidden_layers: int = 12
+    """Blocks."""
+    head_dim: int = 64
+    """Channels per head."""
+    intermediate_size: int = 3072
+    """Hidden units of the channel mix."""
+    decay_rank: int = 64
+    """Rank of the decay's low-rank map (w1, w2)."""
+    rate_rank: int = 64
+    """Rank of the in-context learning rate's low-rank map (a1, a2)."""
+    value_rank: int = 32
+    """Rank of the value residual's low-rank map (v1, v2); absent in the first block."""
+    gate_rank: int = 128
+    """Rank of the output gate's low-rank map (g1, g2)."""
+    layer_norm_eps: float = 1e-5
+    """Epsilon of every layer norm."""
+    group_norm_eps: float = 64e-5
+    """Epsilon of the per-head norm after the recurrence; 64e-5 whatever the head size (core.md 1.5)."""
+    init: Literal["v7-2025-05", "v7-2024"] = "v7-2025-05"
+    """Which published initialisation `init_weights` applies."""
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.head_dim:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of head_dim ({self.head_dim})"
+            )
+
+    @property
+    def num_heads(self) -> int:
+        return self.hidden_size // self.head_dim
+
+    def state_nbytes(self, *, tokens_seen: int, batch: int, itemsize: int) -> int:
+        """Bytes of the recurrent state: the same after any number of tokens; `itemsize` bytes a shift number."""
+        matrix_bytes = max(4, itemsize) * self.hidden_size * self.head_dim  # float32, float64 in a float64 model
+        return self.num_hidden_layers * batch * (2 * self.hidden_size * itemsize + matrix_bytes)
+
+
+def suggested_ranks(hidden_size: int) -> dict[str, int]:
+    """Low-rank widths of the newest official formula, max(32, 32·round(c·√C/32)) (RWKV-LM train_temp, 2025-07-06)."""
+    factors = {"decay_rank": 2.5, "rate_rank": 2.5, "value_rank": 1.7, "gate_rank": 5.0}
+    return {name: max(32, 32 * round(c * hidden_size**0.5 / 32)) for name, c in factors.items()}
+
+
+def create(*, hidden_size: int = 768, **given) -> RWKV7Config:
+    """A config whose unnamed sizes follow the official formulas for this width."""
+    sizes = {"intermediate_size": 4 * hidden_size, **suggested_ranks(hidden_size), **given}
+    if hidden_size < 64:
+        sizes.setdefault("head_dim", hidden_size)
+    return RWKV7Config(hidden_size=hidden_size, **sizes)
+
+
+def tensor_shapes(config: RWKV7Config) -> dict[str, tuple[int, ...]]:
+    width, ffn, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    vector, matrix = (1, 1, width), (width, width)
+    ranks = {"w": config.decay_rank, "a": config.rate_rank, "v": config.value_rank, "g": config.gate_rank}
+    shapes: dict[str, tuple[int, ...]] = {"emb.weight": (vocab, width)}
+    for i in range(config.num_hidden_layers):
+        at = f"blocks.{i}."
+        norms = ("ln0", "ln1", "ln2") if i == 0 else ("ln1", "ln2")
+        shapes |= {f"{at}{norm}.{part}": (width,) for norm in norms for part in ("weight", "bias")}
+        shapes |= {f"{at}att.x_{name}": vector for name in "rwkvag"}
+        for name in "wavg" if i else "wag":
+            shapes[f"{at}att.{name}1"] = (width, ranks[name])
+            shapes[f"{at}att.{name}2"] = (ranks[name], width)
+            if name != "g":
+                shapes[f"{at}att.{name}0"] = vector
+        shapes |= {f"{at}att.k_k": vector, f"{at}att.k_a": vector}
+        shapes[f"{at}att.r_k"] = (config.num_heads, config.head_dim)
+        shapes |= {f"{at}att.{name}.weight": matrix for name in ("receptance", "key", "value", "output")}
+        shapes |= {f"{at}att.ln_x.weight": (width,), f"{at}att.ln_x.bias": (width,)}
+        shapes[f"{at}ffn.x_k"] = vector
+        shapes |= {f"{at}ffn.key.weight": (ffn, width), f"{at}ffn.value.weight": (width, ffn)}
+    shapes |= {"ln_out.weight": (width,), "ln_out.bias": (width,), "head.weight": (vocab, width)}
+    return shapes
+
+
+def recognise(shapes: Shapes) -> bool:
+    # 7a, 7b and the RWKV-8 previews carry these tensors too, plus tables that plain RWKV-7 has no place for
+    extra = ("ffn.s_emb.weight", "qkv.qq.weight", "ffn.enn.weight")
+    return "blocks.0.att.r_k" in shapes and not any(name.endswith(extra) for name in shapes)
+
+
+def config_from_shapes(shapes: Shapes) -> RWKV7Config:
+    """Sizes from the tensors alone."""
+    try:
+        vocab_size, hidden_size = shapes["emb.weight"]
+        layers = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
+        heads, head_dim = shapes["blocks.0.att.r_k"]
+        sizes = {
+            "intermediate_size": shapes["blocks.0.ffn.key.weight"][0],
+            "decay_rank": shapes["blocks.0.att.w1"][1],
+            "rate_rank": shapes["blocks.0.att.a1"][1],
+            "gate_rank": shapes["blocks.0.att.g1"][1],
+        }
+        if layers > 1:  # the first block has no value residual
+            sizes["value_rank"] = shapes["blocks.1.att.v1"][1]
+    except KeyError as missing:
+        raise BadCheckpoint(f"not a whole RWKV-7 checkpoint: {missing} is missing") from None
+    if heads * head_dim != hidden_size:
+        raise BadCheckpoint(
+            f"blocks.0.att.r_k is {heads} × {head_dim}, which does not make the width {hidden_size} of emb.weight"
+        )
+    return RWKV7Config(
+        vocab_size=vocab_size, hidden_size=hidden_size, num_hidden_layers=layers, head_dim=head_dim, **sizes
+    )
+
+
+def is_unused(name: str) -> bool:
+    """The first block has no earlier value to mix with; many published files carry its v0, v1, v2 all the same."""
+    return name in {"blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"}
+
+
+def _size(layers: int, width: int, ranks: tuple[int, int, int, int], vocab_size: int = 65536) -> RWKV7Config:
+    decay, rate, value, gate = ranks
+    return RWKV7Config(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        intermediate_size=4 * width,
+        decay_rank=decay,
+        rate_rank=rate,
+        value_rank=value,
+        gate_rank=gate,
+    )
+
+
+PRESETS = {
+    "0.1b": _size(12, 768, (64, 64, 32, 128)),
+    "0.4b": _size(24, 1024, (64, 64, 32, 128)),
+    "1.5b": _size(24, 2048, (96, 96, 64, 256)),
+    "2.9b": _size(32, 2560, (96, 96, 64, 320)),
+    "7.2b": _size(32, 4096, (128, 128, 96, 480)),
+    # no ranks are published for this size: those of the 7.2B model stand in, files bring their own
+    "13.3b": _size(61, 4096, (128, 128, 96, 480)),
+    "pile-0.1b": _size(12, 768, (64, 64, 32, 128), vocab_size=50304),
+    "pile-0.4b": _size(24, 1024, (64, 64, 32, 128), vocab_size=50304),
+    "pile-1.4b": _size(24, 2048, (96, 96, 64, 256), vocab_size=50304),
+    "test": RWKV7Config(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=3,
+        head_dim=16,
+        intermediate_size=96,
+        decay_rank=8,
+        rate_rank=6,
+        value_rank=4,
+        gate_rank=10,
+    ),
+}
+
+FAMILY = Family(
+    name="rwkv7",
+    kind="language",
+    config=RWKV7Config,
+    builder="rookery.models.rwkv7:RWKV7",
+    presets=PRESETS,
+    create=create,
+    recognise=recognise,
+    config_from_shapes=config_from_shapes,
+    tensor_shapes=tensor_shapes,
+    is_unused=is_unused,
+)

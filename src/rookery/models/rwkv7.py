@@ -1,0 +1,282 @@
+"""RWKV-7 "Goose" (arXiv 2503.14456) in the paper's order: token shift, time mix, channel mix, block, model.
+
+Parameters have the names and shapes of the official files (BlinkDL/RWKV-LM, Apache-2.0), so these load unchanged. The
+first block's unused v0, v1, v2 do not exist here.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rookery.families.rwkv7 import FAMILY, RWKV7Config
+from rookery.nn.language_model import LanguageModel
+from rookery.ops.relu_squared import relu_squared
+from rookery.ops.token_shift import token_shift
+from rookery.ops.wkv7 import wkv7
+from rookery.ops.wkv7_inputs import wkv7_inputs
+from rookery.ops.wkv7_output import wkv7_output
+from rookery.state import State
+
+# b batch, t time, c width, h heads, n channels of a head
+
+
+class LayerState(NamedTuple):
+    """What one block remembers."""
+
+    att_shift: Tensor
+    """[b, c], the time mix's last input"""
+    wkv: Tensor
+    """[b, h, n, n], value × key, float32 at least"""
+    ffn_shift: Tensor
+    """[b, c], the channel mix's last input"""
+
+
+class TimeMix(nn.Module):
+    """Reads and writes the matrix state (eq. 3-21). Shapes of the parameters are the official ones."""
+
+    def __init__(self, config: RWKV7Config, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        width = config.hidden_size
+        for name in "rwkvag":
+            setattr(self, f"x_{name}", nn.Parameter(torch.empty(1, 1, width)))
+        ranks = {"w": config.decay_rank, "a": config.rate_rank, "v": config.value_rank, "g": config.gate_rank}
+        for name, rank in ranks.items():
+            if name == "v" and layer == 0:
+                continue  # nothing before the first block to mix values with
+            setattr(self, f"{name}1", nn.Parameter(torch.empty(width, rank)))
+            setattr(self, f"{name}2", nn.Parameter(torch.empty(rank, width)))
+            if name != "g":
+                setattr(self, f"{name}0", nn.Parameter(torch.empty(1, 1, width)))
+        self.k_k = nn.Parameter(torch.empty(1, 1, width))
+        self.k_a = nn.Parameter(torch.empty(1, 1, width))
+        self.r_k = nn.Parameter(torch.empty(config.num_heads, config.head_dim))
+        for name in ("receptance", "key", "value", "output"):
+            setattr(self, name, nn.Linear(width, width, bias=False))
+        self.ln_x = nn.GroupNorm(config.num_heads, width, eps=config.group_norm_eps)
+
+    def forward(
+        self, x: Tensor, shift: Tensor, wkv: Tensor, v_first: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Output [b, t, c], the new shift and matrix state, and the first block's values (given or made here)."""
+        head_dim = self.config.head_dim
+        mix = torch.cat([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]).flatten(1)
+        (xr, xw, xk, xv, xa, xg), shift = token_shift(x=x, mix=mix, previous=shift, cu_seqlens=cu_seqlens)
+
+        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
+        decay_logit = self.w0 + (xw @ self.w1).tanh() @ self.w2
+        rate_logit = self.a0 + xa @ self.a1 @ self.a2
+        gate = (xg @ self.g1).sigmoid() @ self.g2
+        if v_first is None:
+            v_first = v
+        else:
+            v = v.lerp(v_first, (self.v0 + xv @ self.v1 @ self.v2).sigmoid())
+
+        log_w, k, a, b = wkv7_inputs(
+            k=k,
+            decay_logit=decay_logit,
+            rate_logit=rate_logit,
+            k_k=self.k_k.flatten(),
+            k_a=self.k_a.flatten(),
+            head_dim=head_dim,
+        )
+        r, v = r.unflatten(-1, (-1, head_dim)), v.unflatten(-1, (-1, head_dim))
+        y, wkv = wkv7(r=r, log_w=log_w, k=k, v=v, a=a, b=b, state=wkv, cu_seqlens=cu_seqlens)
+        norm = self.ln_x
+        y = wkv7_output(
+            y=y, r=r, k=k, v=v, gate=gate, r_k=self.r_k, weight=norm.weight, bias=norm.bias, eps=norm.eps
+        )
+        return self.output(y), shift, wkv, v_first
+
+
+class ChannelMix(nn.Module):
+    """A ReLU² MLP on a token-shifted input (eq. 22)."""
+
+    def __init__(self, config: RWKV7Config) -> None:
+        super().__init__()
+        self.x_k = nn.Parameter(torch.empty(1, 1, config.hidden_size))
+        self.key = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.value = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, shift: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        (xk,), shift = token_shift(x=x, mix=self.x_k.flatten(1), previous=shift, cu_seqlens=cu_seqlens)
+        return self.value(relu_squared(x=self.key(xk))), shift
+
+
+class Block(nn.Module):
+    """Time mix and channel mix, each on the norm of the residual stream."""
+
+    def __init__(self, config: RWKV7Config, layer: int) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(width, eps=eps)
+        self.ln1 = nn.LayerNorm(width, eps=eps)
+        self.ln2 = nn.LayerNorm(width, eps=eps)
+        self.att = TimeMix(config, layer)
+        self.ffn = ChannelMix(config)
+
+    def forward(
+        self, x: Tensor, state: LayerState, v_first: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, LayerState, Tensor]:
+        mixed, att_shift, wkv, v_first = self.att(self.ln1(x), state.att_shift, state.wkv, v_first, cu_seqlens)
+        x = x + mixed
+        mixed, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, cu_seqlens)
+        return x + mixed, LayerState(att_shift, wkv, ffn_shift), v_first
+
+
+class RWKV7(LanguageModel):
+    """The language model: `logits, state = model(tokens, state)`."""
+
+    family = FAMILY.name
+
+    def __init__(self, config: RWKV7Config) -> None:
+        super().__init__()
+        self.config = config
+        self.emb = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.ln_out = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def features(
+        self, tokens: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        state = self.check_tokens(tokens, state, cu_seqlens)
+        x = self.blocks[0].ln0(self.emb(tokens))
+        layers, v_first = [], None
+        for block, before in zip(self.blocks, state.layers, strict=True):
+            x, after, v_first = block(x, before, v_first, cu_seqlens)
+            layers.append(after)
+        read = cu_seqlens.diff() if cu_seqlens is not None else tokens.shape[1]
+        return self.ln_out(x), State(tuple(layers), state.tokens_seen + read, self.config)
+
+    def init_state(self, batch: int = 1) -> State:
+        config, like = self.config, self.emb.weight
+        shift = like.new_zeros(batch, config.hidden_size)
+        matrix = like.new_zeros(
+            batch, config.num_heads, config.head_dim, config.head_dim, dtype=torch.promote_types(like.dtype, torch.float32)
+        )
+        layers = tuple(LayerState(shift, matrix, shift) for _ in self.blocks)
+        return State(layers, torch.zeros(batch, dtype=torch.int64, device=like.device), config)
+
+    def fingerprint_weights(self) -> tuple[Tensor, Tensor]:
+        return self.emb.weight, self.ln_out.weight
+
+    @torch.no_grad()
+    def init_weights(self, seed: int | None = None) -> None:
+        """Gives every parameter its published initial value (core.md 1.9); the same for the same seed.
+
+        ρ = layer / (layers − 1), ρ₁ = 1 − layer / layers, d = i / width, e = i / (width − 1),
+        z = u·|u| for u = the place within the head, from −1 to 1.
+
+        | parameter | "v7-2025-05" | "v7-2024" where it differs |
+        |---|---|---|
+        | `x_r`, `x_g` | 1 − d^(0.2ρ₁) | |
+        | `x_w`, `x_a` | 1 − d^(0.9ρ₁) | |
+        | `x_k` | 1 − d^(0.7ρ₁) | 1 − (d^(0.9ρ₁) + 0.4ρ) |
+        | `x_v` | 1 − d^(0.7ρ₁) | 1 − (d^(0.4ρ₁) + 0.6ρ) |
+        | `ffn.x_k` | 1 − d^(ρ₁⁴) | |
+        | `w0` | −5.5 + 6 e^(1 + ρ^0.3) + 2.5 z | −6.5 + 5 e^(0.85 + √ρ) |
+        | `a0` | −0.19 + 0.3 z + 0.4 (e − ½) | 0 |
+        | `v0` | 0.73 − 0.4 (e − ½) | 1 |
+        | `k_k` | 0.71 − 0.1 (e − ½) | 0.85 |
+        | `k_a`, `r_k` | 1.02, −0.04 | 1, 0 |
+        | `w1 a1 v1 g1`, `output`, `ffn.value` | 0 | |
+        | `w2 a2 v2 g2` | orthogonal, gain 0.1 | |
+        | `receptance`, `value`, `ffn.key` | orthogonal, gain 1 | |
+        | `key` | orthogonal, gain 0.1 | |
+        | `ln_x.weight` | ((1 + layer) / layers)^0.7 | |
+        | `emb` | U(−1e-4, 1e-4) | |
+        | `head` | orthogonal, gain ½ √(max(1, vocab / width)) | |
+        | other norms | 1, biases 0 | |
+        """
+        generator = torch.Generator(self.emb.weight.device)
+        generator.manual_seed(0 if seed is None else seed)
+        config = self.config
+        vectors = initial_2024 if config.init == "v7-2024" else initial_2025_05
+        for layer, block in enumerate(self.blocks):
+            for name, value in vectors(config, layer).items():
+                parameter = block.get_parameter(name)
+                parameter.copy_(value.view_as(parameter))
+            for name, parameter in block.named_parameters():
+                gain = MATRIX_GAIN.get(name)
+                if gain is not None:
+                    orthogonal_(parameter, gain, generator)
+                elif ".ln" in "." + name:
+                    parameter.fill_(float(name.endswith("weight")))
+            block.att.ln_x.weight.fill_(((1 + layer) / config.num_hidden_layers) ** 0.7)
+        self.ln_out.weight.fill_(1)
+        self.ln_out.bias.zero_()
+        self.emb.weight.uniform_(-1e-4, 1e-4, generator=generator)
+        orthogonal_(self.head.weight, 0.5 * max(1, config.vocab_size / config.hidden_size) ** 0.5, generator)
+
+
+MATRIX_GAIN = {
+    **{f"att.{name}1": 0.0 for name in "wavg"},
+    **{f"att.{name}2": 0.1 for name in "wavg"},
+    "att.receptance.weight": 1.0,
+    "att.key.weight": 0.1,
+    "att.value.weight": 1.0,
+    "att.output.weight": 0.0,
+    "ffn.key.weight": 1.0,
+    "ffn.value.weight": 0.0,
+}
+"""Gain of each orthogonal matrix of a block; 0 means zeros."""
+
+
+def initial_2025_05(config: RWKV7Config, layer: int) -> dict[str, Tensor]:
+    """Vectors of a block by name, RWKV-LM since 2025-05-06."""
+    rho, rho1, d, e = _depth_and_place(config, layer)
+    middle = (config.head_dim - 1) / 2
+    u = (torch.arange(config.hidden_size, dtype=torch.float64) % config.head_dim - middle) / max(middle, 0.5)
+    zigzag, slope = u * u.abs(), e - 0.5
+    vectors = {
+        **{f"att.x_{name}": 1 - d ** (power * rho1) for name, power in zip("rwkvag", (0.2, 0.9, 0.7, 0.7, 0.9, 0.2))},
+        "att.w0": -5.5 + 6 * e ** (1 + rho**0.3) + 2.5 * zigzag,
+        "att.a0": -0.19 + 0.3 * zigzag + 0.4 * slope,
+        "att.v0": 0.73 - 0.4 * slope,
+        "att.k_k": 0.71 - 0.1 * slope,
+        "att.k_a": torch.full_like(d, 1.02),
+        "att.r_k": torch.full_like(d, -0.04),
+        "ffn.x_k": 1 - d ** (rho1**4),
+    }
+    return vectors if layer else _without_value_residual(vectors)
+
+
+def initial_2024(config: RWKV7Config, layer: int) -> dict[str, Tensor]:
+    """Vectors of a block by name, RWKV-LM before 2025-05-06: what the published loss curve was made with."""
+    rho, rho1, d, e = _depth_and_place(config, layer)
+    vectors = {
+        **{f"att.x_{name}": 1 - d ** (power * rho1) for name, power in zip("rwag", (0.2, 0.9, 0.9, 0.2))},
+        "att.x_k": 1 - (d ** (0.9 * rho1) + 0.4 * rho),
+        "att.x_v": 1 - (d ** (0.4 * rho1) + 0.6 * rho),
+        "att.w0": -6.5 + 5 * e ** (0.85 + rho**0.5),
+        "att.a0": torch.zeros_like(d),
+        "att.v0": torch.ones_like(d),
+        "att.k_k": torch.full_like(d, 0.85),
+        "att.k_a": torch.ones_like(d),
+        "att.r_k": torch.zeros_like(d),
+        "ffn.x_k": 1 - d ** (rho1**4),
+    }
+    return vectors if layer else _without_value_residual(vectors)
+
+
+def _depth_and_place(config: RWKV7Config, layer: int) -> tuple[float, float, Tensor, Tensor]:
+    """ρ, ρ₁, d and e of the initialisation table; ρ is 0 for a model of one block."""
+    channels = torch.arange(config.hidden_size, dtype=torch.float64)
+    rho = layer / max(1, config.num_hidden_layers - 1)
+    return rho, 1 - layer / config.num_hidden_layers, channels / config.hidden_size, channels / (config.hidden_size - 1)
+
+
+def _without_value_residual(vectors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in vectors.items() if name != "att.v0"}
+
+
+def orthogonal_(weight: Tensor, gain: float, generator: torch.Generator) -> None:
+    """Fills `weight` with a (semi-)orthogonal matrix times `gain`; drawn in float32, because QR has no bfloat16."""
+    if gain == 0:
+        weight.zero_()
+        return
+    matrix = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    weight.copy_(nn.init.orthogonal_(matrix, gain, generator=generator))

@@ -1,0 +1,14 @@
+"""ReLU²: max(x, 0)², the activation of RWKV's channel mix (Primer, arXiv 2109.08668)."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from rookery.ops.dispatch import Backend, Op
+from rookery.ops.relu_squared import reference
+
+OP = Op("relu_squared", [Backend("reference", reference.relu_squared)])
+
+
+def relu_squared(*, x: Float[Tensor, "..."], backend: str | None = None) -> Float[Tensor, "..."]:
+    """max(x, 0)², element by element."""
+    return OP(backend=backend, x=x)
