@@ -11,9 +11,6 @@ CHECKOUT = Path(__file__).parents[2]
 def shared(name: str) -> Path:
     """Path of a file in the shared data folder ($ROOKERY_DATA, else ../shared/data); skips the test where it is absent."""
     root = Path(os.environ.get("ROOKERY_DATA", CHECKOUT.parent / "shared" / "data"))
-    # a worktree lies beside other checkouts, one level deeper than a clone
-    if not root.exists() and "ROOKERY_DATA" not in os.environ:
-        root = CHECKOUT.parents[1] / "shared" / "data"
     path = root / name
     if not path.exists():
         pytest.skip(f"needs {name} of the shared data folder; {root} has no such file (set ROOKERY_DATA)")
