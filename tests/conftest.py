@@ -1,0 +1,6 @@
+"""One thread per test process: workers that share the cores spin on each other's barriers otherwise, 50 times slower."""
+
+import os
+
+# read by torch when it is first imported, which is later than this file
+os.environ["OMP_NUM_THREADS"] = "1"
