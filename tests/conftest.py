@@ -1,4 +1,4 @@
-"""One thread per test process: workers that share the cores spin on each other's barriers otherwise, 50 times slower."""
+"""One thread per test process: workers that share cores wait on each other's barriers otherwise, 50 times slower."""
 
 import os
 

@@ -80,7 +80,10 @@ def step(model: Transformer, tokens: Tensor, cache: Cache) -> Tensor:
     x = model.model.embed_tokens(tokens)
     for i, block in enumerate(model.model.layers):
         attention, normed = block.self_attn, block.input_layernorm(x)
-        q, k = (rotate(attention.heads(proj(normed)), position, model.config.rope_theta) for proj in (attention.q_proj, attention.k_proj))
+        q, k = (
+            rotate(attention.heads(proj(normed)), position, model.config.rope_theta)
+            for proj in (attention.q_proj, attention.k_proj)
+        )
         cache.keys[i, :, :, cache.length] = k[:, :, 0]
         cache.values[i, :, :, cache.length] = attention.heads(attention.v_proj(normed))[:, :, 0]
         keys, values = (part[i, :, :, : cache.length + 1] for part in (cache.keys, cache.values))
@@ -140,7 +143,9 @@ def main() -> None:
         path = given.out / f"{batch:04d}.jsonl"
         if not path.exists():
             begun = time.perf_counter()
-            tokens, scores = sample_streams(model, given.rows, given.windows, given.temperature, given.top_p, seed=batch)
+            tokens, scores = sample_streams(
+                model, given.rows, given.windows, given.temperature, given.top_p, seed=batch
+            )
             found = [s for row in zip(tokens.tolist(), scores.tolist()) for s in stories(*row, pieces)]
             path.write_text("".join(json.dumps(s, ensure_ascii=False) + "\n" for s in found), encoding="utf-8")
             rate = tokens.numel() / (time.perf_counter() - begun)

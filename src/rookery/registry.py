@@ -57,6 +57,4 @@ def recognise(shapes: Shapes) -> Family:
         if family.recognise(shapes):
             return family
     some = ", ".join(list(shapes)[:3]) or "no tensors at all"
-    raise BadCheckpoint(
-        f"no registered family has these tensors ({some} …). Known families: {', '.join(families())}."
-    )
+    raise BadCheckpoint(f"no registered family has these tensors ({some} …). Known families: {', '.join(families())}.")

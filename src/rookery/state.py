@@ -107,7 +107,7 @@ class State:
 
     @staticmethod
     def load(path: str | os.PathLike[str], model: LanguageModel) -> State:
-        """The state in a file that `model` (or the native runtime with the same model) wrote; BadState for any other."""
+        """The state in a file that `model` (or the native runtime on it) wrote; BadState for any other."""
         arrays = read_state(path, model=model.fingerprint())
         tokens_seen = torch.from_numpy(arrays.pop("tokens_seen"))
         fresh = model.init_state(len(tokens_seen))

@@ -9,7 +9,7 @@ CHECKOUT = Path(__file__).parents[2]
 
 
 def shared(name: str) -> Path:
-    """Path of a file in the shared data folder ($ROOKERY_DATA, else ../shared/data); skips the test where it is absent."""
+    """Path of a file in the shared data folder ($ROOKERY_DATA, else ../shared/data); skips the test if absent."""
     root = Path(os.environ.get("ROOKERY_DATA", CHECKOUT.parent / "shared" / "data"))
     path = root / name
     if not path.exists():

@@ -62,5 +62,5 @@ def read_llama2c(path: str | os.PathLike[str]) -> tuple[TransformerConfig, dict[
 
 
 def _halves_from_pairs(weight: np.ndarray, dim: int) -> np.ndarray:
-    """llama2.c rotates channels (2i, 2i + 1) together, our transformer (i, i + dim/2): reorder the rows of each head."""
+    """llama2.c rotates channels (2i, 2i + 1) together, ours (i, i + dim/2): reorder the rows of each head."""
     return weight.reshape(-1, dim // 2, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)

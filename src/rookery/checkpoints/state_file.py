@@ -1,4 +1,4 @@
-"""State files: what a model remembers, as safetensors with a fingerprint of the model. Both runners read and write them.
+"""State files: what a model remembers, as safetensors with a fingerprint of the model. Both runners share them.
 
 Tensor names are "layers.<i>.<field>" and "shared.<field>" plus "tokens_seen" (int64 [rows]); recurrent matrices are
 [rows, head, value, key].
@@ -52,13 +52,15 @@ def read_state(path: str | os.PathLike[str], *, model: str) -> dict[str, np.ndar
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise BadState(f"{os.fspath(path)!r} is no state file of this library (format {metadata.get('format')!r})")
+                raise BadState(
+                    f"{os.fspath(path)!r} is no state file of this library (format {metadata.get('format')!r})"
+                )
             if metadata.get("model") != model:
                 raise BadState(
                     f"{os.fspath(path)!r} is the state of another model "
-                    f"(fingerprint {metadata.get('model')}, this model has {model}); load it with the model that made it"
+                    f"(fingerprint {metadata.get('model')}, this model has {model}); use the model that made it"
                 )
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as damage:
         raise BadState(f"{os.fspath(path)!r} is damaged or no state file: {damage}") from None
     if _checksum(arrays) != metadata.get("sha256"):

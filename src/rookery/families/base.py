@@ -13,7 +13,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 class Family:
     """Everything about a family that needs no torch.
 
-    `models/<name>.py` holds the torch module that `builder` names ("module:Class"); it is imported when a model is built.
+    `models/<name>.py` holds the torch module that `builder` names ("module:Class"); it is imported to build a model.
     """
 
     name: str

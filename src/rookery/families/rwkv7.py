@@ -38,9 +38,7 @@ class RWKV7Config:
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.head_dim:
-            raise ValueError(
-                f"hidden_size ({self.hidden_size}) must be a multiple of head_dim ({self.head_dim})"
-            )
+            raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of head_dim ({self.head_dim})")
 
     @property
     def num_heads(self) -> int:

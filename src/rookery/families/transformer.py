@@ -1,4 +1,4 @@
-"""The transformer that serves as everybody's baseline and teacher: Llama/Qwen2 shapes under their Hugging Face names."""
+"""The transformer that is everybody's baseline and teacher: Llama/Qwen2 shapes under their Hugging Face names."""
 
 from dataclasses import dataclass
 

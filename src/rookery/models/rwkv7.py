@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rookery.families.rwkv7 import FAMILY, RWKV7Config
+from rookery.nn.initial import orthogonal_, uniform_
 from rookery.nn.language_model import LanguageModel
 from rookery.ops.relu_squared import relu_squared
 from rookery.ops.token_shift import token_shift
@@ -84,9 +85,7 @@ class TimeMix(nn.Module):
         r, v = r.unflatten(-1, (-1, head_dim)), v.unflatten(-1, (-1, head_dim))
         y, wkv = wkv7(r=r, log_w=log_w, k=k, v=v, a=a, b=b, state=wkv, cu_seqlens=cu_seqlens)
         norm = self.ln_x
-        y = wkv7_output(
-            y=y, r=r, k=k, v=v, gate=gate, r_k=self.r_k, weight=norm.weight, bias=norm.bias, eps=norm.eps
-        )
+        y = wkv7_output(y=y, r=r, k=k, v=v, gate=gate, r_k=self.r_k, weight=norm.weight, bias=norm.bias, eps=norm.eps)
         return self.output(y), shift, wkv, v_first
 
 
@@ -154,9 +153,8 @@ class RWKV7(LanguageModel):
     def init_state(self, batch: int = 1) -> State:
         config, like = self.config, self.emb.weight
         shift = like.new_zeros(batch, config.hidden_size)
-        matrix = like.new_zeros(
-            batch, config.num_heads, config.head_dim, config.head_dim, dtype=torch.promote_types(like.dtype, torch.float32)
-        )
+        wide = torch.promote_types(like.dtype, torch.float32)
+        matrix = like.new_zeros(batch, config.num_heads, config.head_dim, config.head_dim, dtype=wide)
         layers = tuple(LayerState(shift, matrix, shift) for _ in self.blocks)
         return State(layers, torch.zeros(batch, dtype=torch.int64, device=like.device), config)
 
@@ -191,8 +189,7 @@ class RWKV7(LanguageModel):
         | `head` | orthogonal, gain ½ √(max(1, vocab / width)) | |
         | other norms | 1, biases 0 | |
         """
-        generator = torch.Generator(self.emb.weight.device)
-        generator.manual_seed(0 if seed is None else seed)
+        generator = torch.Generator().manual_seed(0 if seed is None else seed)
         config = self.config
         vectors = initial_2024 if config.init == "v7-2024" else initial_2025_05
         for layer, block in enumerate(self.blocks):
@@ -201,14 +198,16 @@ class RWKV7(LanguageModel):
                 parameter.copy_(value.view_as(parameter))
             for name, parameter in block.named_parameters():
                 gain = MATRIX_GAIN.get(name)
-                if gain is not None:
+                if gain == 0:
+                    parameter.zero_()
+                elif gain is not None:
                     orthogonal_(parameter, gain, generator)
                 elif ".ln" in "." + name:
                     parameter.fill_(float(name.endswith("weight")))
             block.att.ln_x.weight.fill_(((1 + layer) / config.num_hidden_layers) ** 0.7)
         self.ln_out.weight.fill_(1)
         self.ln_out.bias.zero_()
-        self.emb.weight.uniform_(-1e-4, 1e-4, generator=generator)
+        uniform_(self.emb.weight, 1e-4, generator)
         orthogonal_(self.head.weight, 0.5 * max(1, config.vocab_size / config.hidden_size) ** 0.5, generator)
 
 
@@ -271,12 +270,3 @@ def _depth_and_place(config: RWKV7Config, layer: int) -> tuple[float, float, Ten
 
 def _without_value_residual(vectors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in vectors.items() if name != "att.v0"}
-
-
-def orthogonal_(weight: Tensor, gain: float, generator: torch.Generator) -> None:
-    """Fills `weight` with a (semi-)orthogonal matrix times `gain`; drawn in float32, because QR has no bfloat16."""
-    if gain == 0:
-        weight.zero_()
-        return
-    matrix = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-    weight.copy_(nn.init.orthogonal_(matrix, gain, generator=generator))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention, silu
 
 from rookery.families.transformer import FAMILY, TransformerConfig
+from rookery.nn.initial import normal_
 from rookery.nn.language_model import LanguageModel
 from rookery.nn.packing import row_mask, unpack
 from rookery.state import State
@@ -206,8 +207,7 @@ class Transformer(LanguageModel):
         | `o_proj`, `down_proj` | N(0, 0.02 / √(2 · layers)) (GPT-2) |
         | every other matrix | N(0, 0.02) |
         """
-        generator = torch.Generator(self.model.norm.weight.device)
-        generator.manual_seed(0 if seed is None else seed)
+        generator = torch.Generator().manual_seed(0 if seed is None else seed)
         residual = 0.02 / (2 * self.config.num_hidden_layers) ** 0.5
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -216,5 +216,4 @@ class Transformer(LanguageModel):
                 parameter.fill_(1)
             else:
                 std = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
-                parameter.normal_(0, std, generator=generator)
-
+                normal_(parameter, std, generator)

@@ -69,7 +69,9 @@ class LanguageModel(nn.Module):
     def check_tokens(self, tokens: Tensor, state: State | None, cu_seqlens: Tensor | None) -> State:
         """The state to start from; ValueError where tokens, state and cu_seqlens do not fit together."""
         if tokens.dim() != 2:
-            raise ValueError(f"tokens must be [batch, time], got shape {list(tokens.shape)}; add a batch with tokens[None]")
+            raise ValueError(
+                f"tokens must be [batch, time], got shape {list(tokens.shape)}; add a batch with tokens[None]"
+            )
         if cu_seqlens is not None:
             check_cu_seqlens(tokens, cu_seqlens)
         rows = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
