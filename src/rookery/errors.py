@@ -20,6 +20,10 @@ class BadState(RookeryError, ValueError):
     """A state file or state does not fit the model it was given to."""
 
 
+class BadTokenizer(RookeryError, ValueError):
+    """A tokenizer file is damaged, no tokenizer fits the model, or a token id or text lies outside its vocabulary."""
+
+
 class BackendUnavailable(RookeryError, RuntimeError):
     """A backend asked for by name cannot run this call on this machine."""
 
