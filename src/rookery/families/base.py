@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rookery.families.layout import Layout
+
 Kind = Literal["language", "image", "pair", "diffusion", "series"]
 Shapes = Mapping[str, tuple[int, ...]]
 """Tensor name -> shape, as a checkpoint reports them."""
@@ -36,5 +38,7 @@ class Family:
     """Config -> name and shape of every parameter, in the official order."""
     is_unused: Callable[[str], bool] = field(default=lambda name: False)
     """True for tensors that published files carry and the model does not use; loading drops them and says so."""
-    layouts: Mapping[str, Any] = field(default_factory=dict)
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
     """Format name ("ggmf", "fla", "gguf") -> key map; see `rookery.checkpoints.layout`."""
+    fingerprinted: tuple[str, str] = ("emb.weight", "ln_out.weight")
+    """Names of the embedding and of the last norm's weight, a sample of which names the model in state files."""

@@ -5,6 +5,7 @@ from typing import Literal
 
 from rookery.errors import BadCheckpoint
 from rookery.families.base import Family, Shapes
+from rookery.families.layout import Layout, Rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +126,50 @@ def is_unused(name: str) -> bool:
     return name in {"blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"}
 
 
+AT = "blocks.{layer}.att."
+GGMF = Layout(
+    rules=(
+        Rule(f"{AT}x_rwkvag", tuple(f"{AT}x_{name}" for name in "rwkvag"), ("drop_axis_1",)),
+        *(Rule(f"{AT}{name}{i}", f"{AT}{name}{i}", ("transpose",)) for name in "wavg" for i in "12"),
+    )
+)
+"""rwkv.cpp files (core.md 2.4): the six mixes in one tensor [6, 1, width], low-rank factors transposed."""
+
+LAYER = "model.layers.{layer}."
+FLA = Layout(
+    rules=(
+        Rule("model.embeddings.weight", "emb.weight"),
+        *(
+            Rule(f"{foreign}.{part}", f"{official}.{part}")
+            for part in ("weight", "bias")
+            for foreign, official in {
+                "model.layers.0.pre_norm": "blocks.0.ln0",
+                f"{LAYER}attn_norm": "blocks.{layer}.ln1",
+                f"{LAYER}ffn_norm": "blocks.{layer}.ln2",
+                f"{LAYER}attn.g_norm": f"{AT}ln_x",
+                "model.norm": "ln_out",
+            }.items()
+        ),
+        *(Rule(f"{LAYER}attn.x_{name}", f"{AT}x_{name}") for name in "rwkvag"),
+        *(Rule(f"{LAYER}attn.{name}_lora.lora.0.weight", f"{AT}{name}1", ("transpose",)) for name in "wavg"),
+        *(Rule(f"{LAYER}attn.{name}_lora.lora.2.weight", f"{AT}{name}2", ("transpose",)) for name in "wavg"),
+        *(Rule(f"{LAYER}attn.{name}_lora.lora.2.bias", f"{AT}{name}0", ("squeeze",)) for name in "wav"),
+        *(Rule(f"{LAYER}attn.{name}", f"{AT}{name}", ("squeeze",)) for name in ("k_k", "k_a")),
+        Rule(f"{LAYER}attn.r_k", f"{AT}r_k"),
+        *(
+            Rule(f"{LAYER}attn.{name[0]}_proj.weight", f"{AT}{name}.weight")
+            for name in ("receptance", "key", "value", "output")
+        ),
+        Rule(f"{LAYER}ffn.x_k", "blocks.{layer}.ffn.x_k", ("squeeze",)),
+        *(Rule(f"{LAYER}ffn.{name}.weight", f"blocks.{{layer}}.ffn.{name}.weight") for name in ("key", "value")),
+        Rule("lm_head.weight", "head.weight"),
+        # the first fla versions kept the mixes in one tensor; never written
+        Rule(f"{LAYER}attn.x_x", tuple(f"{AT}x_{name}" for name in "rwkvag"), ("squeeze",)),
+    )
+)
+"""flash-linear-attention and its Hugging Face models (core.md 2.2)."""
+
+
 def _size(layers: int, width: int, ranks: tuple[int, int, int, int], vocab_size: int = 65536) -> RWKV7Config:
     decay, rate, value, gate = ranks
     return RWKV7Config(
@@ -174,4 +219,5 @@ FAMILY = Family(
     config_from_shapes=config_from_shapes,
     tensor_shapes=tensor_shapes,
     is_unused=is_unused,
+    layouts={"ggmf": GGMF, "fla": FLA},
 )

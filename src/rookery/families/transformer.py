@@ -134,4 +134,5 @@ FAMILY = Family(
     recognise=recognise,
     config_from_shapes=config_from_shapes,
     tensor_shapes=tensor_shapes,
+    fingerprinted=("model.embed_tokens.weight", "model.norm.weight"),
 )

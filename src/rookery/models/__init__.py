@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import importlib
+import logging
+import os
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
+from rookery.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from rookery.checkpoints.safetensors import write_model
+from rookery.checkpoints.source import BFLOAT16, Stored
 from rookery.nn.initial import WithoutInit
-from rookery.registry import Family, configure
+from rookery.registry import Family, configure, families
+from rookery.state import from_numpy, to_numpy
+
+log = logging.getLogger("rookery")
+
+DTYPES = {
+    np.dtype(np.float64): torch.float64,
+    np.dtype(np.float16): torch.float16,
+    BFLOAT16: torch.bfloat16,
+}
+"""Type of a file's numbers -> type of the model loaded from it; float32 for all others."""
 
 
 def build(family: Family, config: Any) -> torch.nn.Module:
@@ -35,3 +52,61 @@ def create_model(
     if device != "meta":
         model.init_weights(seed)
     return model
+
+
+def load(
+    path: str | os.PathLike[str], *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> Any:
+    """The model in a file or folder of any readable format, with the file's precision unless `dtype` is given.
+
+    A model has one dtype: that of most numbers in the file; quantised weights become float32. Nothing in the file is
+    executed. Raises BadCheckpoint for a file that is damaged, of no registered family, or with weights missing, unknown
+    or of the wrong shape.
+    """
+    checkpoint = open_checkpoint(path)
+    if checkpoint.unused:
+        log.info("%s: not used by %s: %s", checkpoint.path, checkpoint.family.name, ", ".join(checkpoint.unused))
+    dtype = dtype or DTYPES.get(checkpoint.dtype, torch.float32)
+    with torch.device("cpu"):
+        model = build(checkpoint.family, checkpoint.config)
+    _fill(model, checkpoint, torch.device(device or "cpu"), dtype)
+    if "fingerprint" in checkpoint.metadata and hasattr(model, "known_as"):
+        model.known_as(checkpoint.metadata["fingerprint"])
+    return model
+
+
+def save_model(
+    model: torch.nn.Module, path: str | os.PathLike[str], *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a model as safetensors under official names, with its family, config and fingerprint in the metadata.
+
+    `metadata` adds text, such as "tokenizer". The file is whole or absent.
+    """
+    family = families()[model.family]
+    weights = model.state_dict()
+    tensors = {name: _unwritten(weights[name]) for name in family.tensor_shapes(model.config)}
+    write_model(
+        path,
+        tensors,
+        family=family.name,
+        config=model.config,
+        fingerprint=model.fingerprint(),
+        metadata=metadata,
+    )
+
+
+def _unwritten(weight: torch.Tensor) -> Stored:
+    """The weight as a tensor that is copied to the CPU when it is written."""
+    dtype = to_numpy(weight.new_empty(0)).dtype
+    return Stored(tuple(weight.shape), dtype, lambda: to_numpy(weight), dtype.name, weight.numel() * dtype.itemsize)
+
+
+@torch.no_grad()
+def _fill(model: torch.nn.Module, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    """Puts the file's tensors into the model, one at a time, so that memory never holds two copies of the weights."""
+    parameters = dict(model.named_parameters())
+    for name in checkpoint:
+        # `.data` keeps the Parameter itself, and with it weights that two modules share
+        parameters.pop(name).data = from_numpy(checkpoint[name]).to(device=device, dtype=dtype)
+    assert not parameters, f"{checkpoint.family.name}: tensor_shapes leaves out {sorted(parameters)}"
+    model.to(device=device, dtype=dtype)  # buffers

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rookery.checkpoints.state_file import fingerprint
 from rookery.nn.packing import pack, unpack
+from rookery.registry import families
 from rookery.state import State, to_numpy
 
 
@@ -23,6 +24,11 @@ class LanguageModel(nn.Module):
     """The frozen config that the model was built from."""
     head: nn.Module
     """features -> logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_pre_hook(_drop_unused)
+        self._aliases: dict[str, str] = {}
 
     def forward(
         self,
@@ -60,7 +66,16 @@ class LanguageModel(nn.Module):
     def fingerprint(self) -> str:
         """Names these weights in state files (see `rookery.checkpoints.state_file.fingerprint`)."""
         embedding, final_norm = self.fingerprint_weights()
-        return fingerprint(self.family, self.config, _sample(embedding[:16]), _sample(final_norm))
+        computed = fingerprint(self.family, self.config, _sample(embedding[:16]), _sample(final_norm))
+        return self._aliases.get(computed, computed)
+
+    def known_as(self, fingerprint: str) -> None:
+        """Lets the weights as they are now go by `fingerprint`: a rounded copy reads the states of its original.
+
+        Other weights, such as these after training, are another model again.
+        """
+        self._aliases.clear()
+        self._aliases[self.fingerprint()] = fingerprint
 
     def fingerprint_weights(self) -> tuple[Tensor, Tensor]:
         """The embedding matrix and the last norm's weight."""
@@ -89,6 +104,13 @@ def check_cu_seqlens(tokens: Tensor, cu_seqlens: Tensor) -> None:
         raise ValueError(f"packed documents need one row of tokens, got {tokens.shape[0]}")
     if len(ends) < 2 or ends[0] != 0 or ends[-1] != tokens.shape[1] or sorted(ends) != ends:
         raise ValueError(f"cu_seqlens must rise from 0 to the {tokens.shape[1]} tokens of the row, got {ends}")
+
+
+def _drop_unused(module: LanguageModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Lets official state dicts load strictly: tensors that they carry and nobody uses are taken out."""
+    is_unused = families()[module.family].is_unused
+    for name in [name for name in state_dict if name.startswith(prefix) and is_unused(name.removeprefix(prefix))]:
+        del state_dict[name]
 
 
 def _sample(weight: Tensor) -> np.ndarray:

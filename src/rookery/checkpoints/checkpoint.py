@@ -1,0 +1,260 @@
+"""Opens any readable model file: what it is, and its tensors under their official names."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rookery.checkpoints.layout import from_foreign
+from rookery.checkpoints.safetensors import CONVENTION, read_folder, read_safetensors
+from rookery.checkpoints.source import Source, Stored, short
+from rookery.checkpoints.state_file import fingerprint
+from rookery.errors import BadCheckpoint
+from rookery.families.base import Family
+from rookery.registry import families, recognise
+
+ONLY_LAYOUT = {"ggmf": "ggmf"}
+"""Formats whose files have one naming scheme; any other may hold official names or a foreign scheme."""
+
+
+@dataclass(frozen=True)
+class Checkpoint(Mapping[str, np.ndarray]):
+    """A model file. As a mapping: official tensor name -> its values, read (or only mapped) when asked for."""
+
+    path: str
+    """Where it was opened."""
+    format: str
+    """File format: "pth", "safetensors", "ggmf"."""
+    layout: str
+    """Naming scheme of the tensors: "official", or the name of a layout of the family ("fla", "ggmf")."""
+    family: Family
+    """The family that the tensors belong to."""
+    config: Any
+    """The family's config, read off the tensors (and the metadata of our own files)."""
+    metadata: Mapping[str, str]
+    """What the file says about itself."""
+    tensors: Mapping[str, Stored]
+    """Official name -> tensor, in the family's order and with the family's shapes."""
+    unused: tuple[str, ...] = ()
+    """Tensors that the file carries and the model does not use."""
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.tensors[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Official name -> shape."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    @property
+    def dtypes(self) -> dict[str, np.dtype]:
+        """Official name -> type of the numbers; float32 for quantised tensors, which are read as such."""
+        return {name: tensor.dtype for name, tensor in self.tensors.items()}
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type that most of the numbers have."""
+        counts: dict[np.dtype, int] = {}
+        for tensor in self.tensors.values():
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + math.prod(tensor.shape)
+        return max(counts, key=lambda dtype: counts[dtype])
+
+    def fingerprint(self) -> str:
+        """Names the model in state files: what the metadata say, else what `state_file.fingerprint` computes."""
+        stated = self.metadata.get("fingerprint")
+        return stated if stated else self.computed_fingerprint()
+
+    def computed_fingerprint(self) -> str:
+        """The fingerprint of the weights as they are in this file."""
+        embedding, final_norm = self.family.fingerprinted
+        return fingerprint(self.family.name, self.config, self[embedding][:16], self[final_norm])
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """The model in a file or folder, whatever its format; BadCheckpoint says what is wrong with any other.
+
+    Nothing that a file contains is executed. Tensors missing, unknown or of the wrong shape for the family are refused
+    by name.
+    """
+    source = read_source(path)
+    where = os.fspath(path)
+    try:
+        return _understood(source, where)
+    except BadCheckpoint as refused:
+        raise BadCheckpoint(_placed(str(refused), where)) from None
+    # names and sizes come from the file: a family's rules may stumble over any of them
+    except (ValueError, LookupError, TypeError, ArithmeticError) as damage:
+        raise BadCheckpoint(
+            f"{where!r}: its tensors make no model ({type(damage).__name__}: {short(damage)})"
+        ) from None
+
+
+def read_source(path: str | os.PathLike[str]) -> Source:
+    """The tensors in a file or folder under the file's own names."""
+    file = Path(path)
+    if file.is_dir():
+        return read_folder(file)
+    if not file.exists():
+        hint = (
+            "; model names on the Hugging Face Hub are not looked up, download the file first"
+            if _is_hub_id(path)
+            else ""
+        )
+        raise BadCheckpoint(f"there is no file {os.fspath(path)!r}{hint}")
+    if not file.is_file():
+        raise BadCheckpoint(f"{os.fspath(path)!r} is neither a file nor a folder")
+    with open(file, "rb") as opened:
+        start = opened.read(16)
+    return _reader(start, file)(path)
+
+
+def _is_hub_id(path: str | os.PathLike[str]) -> bool:
+    parts = os.fspath(path).split("/")
+    return len(parts) == 2 and all(parts) and parts[0] not in {".", "..", "~"}
+
+
+def _reader(start: bytes, path: Path) -> Any:
+    """The function that reads a file with these first bytes. Formats differ there; names and endings do not count."""
+    if start[:4] == b"PK\3\4":
+        from rookery.checkpoints.pth import read_pth
+
+        return read_pth
+    if start[:4] == b"fmgg":
+        from rookery.checkpoints.ggmf import read_ggmf
+
+        return read_ggmf
+    if start[8:9] == b"{" or not start:  # an empty file is reported as such by any reader
+        return read_safetensors
+    where = str(path)
+    if start[:4] == b"GGUF":
+        raise BadCheckpoint(f"{where!r} is a GGUF file; use the .pth or .safetensors file that it was made from")
+    from rookery.checkpoints.llama2c import is_llama2c, read_llama2c_source
+
+    if is_llama2c(path):
+        return read_llama2c_source
+    if start[:1] == b"\x80":
+        raise BadCheckpoint(
+            f"{where!r} is a bare pickle, as torch wrote before version 1.6. Load it once with a torch you trust it to "
+            "and save it again: torch.save(torch.load(path, weights_only=True), new_path)"
+        )
+    raise BadCheckpoint(
+        f"{where!r} is no model file of a known format (pth, safetensors, ggmf); it starts with {start!r}"
+    )
+
+
+def _understood(source: Source, where: str) -> Checkpoint:
+    if source.metadata.get("format", "").startswith("rookery-state"):
+        raise BadCheckpoint("this is the state of a model, not a model")
+    layout, tensors, family = _named_officially(source)
+    used = {name: tensor for name, tensor in tensors.items() if not family.is_unused(name)}
+    unused = tuple(name for name in tensors if name not in used)
+    config = _config(family, source, used, layout)
+    fitted = _fitted(family, config, used)
+    return Checkpoint(where, source.format, layout, family, config, source.metadata, fitted, unused)
+
+
+def _named_officially(source: Source) -> tuple[str, dict[str, Stored], Family]:
+    """Naming scheme, tensors under official names, and their family."""
+    shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
+    only = ONLY_LAYOUT.get(source.format)
+    if only is None:
+        for family in families().values():
+            if family.recognise(shapes):
+                return "official", dict(source.tensors), family
+    for family in families().values():
+        for name, layout in family.layouts.items():
+            if name != only and (only is not None or name in ONLY_LAYOUT.values()):
+                continue
+            tensors = from_foreign(layout, source.tensors)
+            if family.recognise({name: tensor.shape for name, tensor in tensors.items()}):
+                return name, tensors, family
+    if only is None:
+        recognise(shapes)  # says what is wrong
+    some = ", ".join(map(short, list(shapes)[:3]))
+    raise BadCheckpoint(f"no registered family reads {source.format} files with these tensors ({some} …)")
+
+
+def _config(family: Family, source: Source, tensors: Mapping[str, Stored], layout: str) -> Any:
+    """The config: our own metadata where there are any, else the tensors, with hints that the tensors confirm."""
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    stated = source.metadata.get("rookery")
+    if stated is not None:
+        return _own_config(family, source.metadata, len(shapes))
+    config = family.config_from_shapes(shapes)
+    _check_depth(config, len(shapes))
+    if layout != "official":
+        config = replace(config, **family.layouts[layout].config)
+    kinds = {f.name: type(getattr(config, f.name)) for f in fields(config)}
+    hints = {key: value for key, value in source.hints.items() if key in kinds and type(value) is kinds[key]}
+    try:
+        hinted = replace(config, **hints)
+        _check_depth(hinted, len(shapes))
+        _fitted(family, hinted, tensors)
+    except (ValueError, ArithmeticError):
+        return config
+    return hinted
+
+
+def _own_config(family: Family, metadata: Mapping[str, str], tensors: int) -> Any:
+    if metadata["rookery"] != CONVENTION:
+        raise BadCheckpoint(f"written by a newer rookery ({metadata['rookery']!r}); this one reads {CONVENTION!r}")
+    if metadata.get("family") != family.name:
+        raise BadCheckpoint(f"the metadata say {metadata.get('family')!r}, its tensors are those of {family.name}")
+    try:
+        settings = json.loads(metadata.get("config", ""))
+        known = {f.name: type(f.default) for f in fields(family.config)}
+        if any(isinstance(value, bool) != (known[key] is bool) for key, value in settings.items()):
+            raise TypeError
+        config = family.config(**settings)
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError):
+        raise BadCheckpoint("the config in its metadata cannot be read by this version") from None
+    _check_depth(config, tensors)
+    return config
+
+
+def _check_depth(config: Any, tensors: int) -> None:
+    # "blocks.999999999.x" must not make us list the tensors of a thousand million layers
+    layers = getattr(config, "num_hidden_layers", 0)
+    if not isinstance(layers, int) or layers > tensors:
+        raise BadCheckpoint(
+            f"the tensors' names speak of {layers} layers, but there are {tensors} tensors; some are missing"
+        )
+
+
+def _fitted(family: Family, config: Any, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The family's tensors in its order and shapes; BadCheckpoint names what is missing, unknown or mis-shaped."""
+    expected = family.tensor_shapes(config)
+    complaints = [
+        f"{len(names)} {what}: {', '.join(map(short, names[:4]))}{' …' if len(names) > 4 else ''}"
+        for what, names in (
+            ("missing", [name for name in expected if name not in tensors]),
+            ("unknown", [name for name in tensors if name not in expected]),
+        )
+        if names
+    ]
+    if complaints:
+        raise BadCheckpoint(f"no whole {family.name} checkpoint. Tensors {'; '.join(complaints)}")
+    return {name: _shaped(tensors[name], shape, name) for name, shape in expected.items()}
+
+
+def _shaped(tensor: Stored, shape: tuple[int, ...], name: str) -> Stored:
+    if tensor.shape == shape:
+        return tensor
+    if [n for n in tensor.shape if n != 1] != [n for n in shape if n != 1]:
+        raise BadCheckpoint(f"{short(name)} has shape {list(tensor.shape)}; the other tensors ask for {list(shape)}")
+    return replace(tensor, shape=shape, read=lambda: tensor.read().reshape(shape))
+
+
+def _placed(message: str, where: str) -> str:
+    return message if repr(where) in message else f"{where!r}: {message}"
