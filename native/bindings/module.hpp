@@ -5,6 +5,10 @@
 
 namespace rookery {
 
+void bind_relu_squared(nanobind::module_& m);
+void bind_token_shift(nanobind::module_& m);
 void bind_wkv7(nanobind::module_& m);
+void bind_wkv7_inputs(nanobind::module_& m);
+void bind_wkv7_output(nanobind::module_& m);
 
 }  // namespace rookery

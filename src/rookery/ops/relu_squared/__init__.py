@@ -4,9 +4,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rookery.ops.dispatch import Backend, Op
-from rookery.ops.relu_squared import reference
+from rookery.ops.relu_squared import native, reference
 
-OP = Op("relu_squared", [Backend("reference", reference.relu_squared)])
+OP = Op(
+    "relu_squared",
+    [Backend("native", native.relu_squared, native.why_not), Backend("reference", reference.relu_squared)],
+)
 
 
 def relu_squared(*, x: Float[Tensor, "..."], backend: str | None = None) -> Float[Tensor, "..."]:

@@ -1,15 +1,18 @@
 """Token shift: every token sees the one before it, in several learned mixtures (RWKV-7 paper eq. 3).
 
-    y_j[t] = x[t] + (x[t−1] − x[t]) ⊙ mix_j
+y_j[t] = x[t] + (x[t−1] − x[t]) ⊙ mix_j
 """
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from rookery.ops.dispatch import Backend, Op
-from rookery.ops.token_shift import reference
+from rookery.ops.token_shift import native, reference
 
-OP = Op("token_shift", [Backend("reference", reference.token_shift)])
+OP = Op(
+    "token_shift",
+    [Backend("native", native.token_shift, native.why_not), Backend("reference", reference.token_shift)],
+)
 
 
 def token_shift(

@@ -1,16 +1,19 @@
 """From RWKV-7's projections to the inputs of its recurrence (arXiv 2503.14456, eq. 5-15).
 
-    log_w = −e^(−1/2) σ(decay_logit)      rate = σ(rate_logit)
-    κ̂ = (k ⊙ k_k) / ‖k ⊙ k_k‖ per head     k ← k ⊙ (1 + (rate − 1) ⊙ k_a)      a = −κ̂      b = κ̂ ⊙ rate
+log_w = −e^(−1/2) σ(decay_logit)      rate = σ(rate_logit)
+κ̂ = (k ⊙ k_k) / ‖k ⊙ k_k‖ per head     k ← k ⊙ (1 + (rate − 1) ⊙ k_a)      a = −κ̂      b = κ̂ ⊙ rate
 """
 
 from jaxtyping import Float
 from torch import Tensor
 
 from rookery.ops.dispatch import Backend, Op
-from rookery.ops.wkv7_inputs import reference
+from rookery.ops.wkv7_inputs import native, reference
 
-OP = Op("wkv7_inputs", [Backend("reference", reference.wkv7_inputs)])
+OP = Op(
+    "wkv7_inputs",
+    [Backend("native", native.wkv7_inputs, native.why_not), Backend("reference", reference.wkv7_inputs)],
+)
 
 
 def wkv7_inputs(
@@ -22,9 +25,7 @@ def wkv7_inputs(
     k_a: Float[Tensor, " c"],
     head_dim: int,
     backend: str | None = None,
-) -> tuple[
-    Float[Tensor, "b t h n"], Float[Tensor, "b t h n"], Float[Tensor, "b t h n"], Float[Tensor, "b t h n"]
-]:
+) -> tuple[Float[Tensor, "b t h n"], Float[Tensor, "b t h n"], Float[Tensor, "b t h n"], Float[Tensor, "b t h n"]]:
     """`log_w`, `k`, `a` and `b` for `rookery.ops.wkv7`, per head.
 
     `log_w` is float32 (float64 for float64 inputs) whatever the dtype of the others, which is that of `k`.

@@ -1,15 +1,18 @@
 """From the output of RWKV-7's recurrence to the input of its output projection (arXiv 2503.14456, eq. 19-21).
 
-    (GroupNorm_h(y) + (Σ r ⊙ k ⊙ r_k) v) ⊙ gate
+(GroupNorm_h(y) + (Σ r ⊙ k ⊙ r_k) v) ⊙ gate
 """
 
 from jaxtyping import Float
 from torch import Tensor
 
 from rookery.ops.dispatch import Backend, Op
-from rookery.ops.wkv7_output import reference
+from rookery.ops.wkv7_output import native, reference
 
-OP = Op("wkv7_output", [Backend("reference", reference.wkv7_output)])
+OP = Op(
+    "wkv7_output",
+    [Backend("native", native.wkv7_output, native.why_not), Backend("reference", reference.wkv7_output)],
+)
 
 
 def wkv7_output(
