@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rookery.checkpoints.state_file import read_state, write_state
+from rookery.checkpoints.state_file import read_state, sizes, write_state
 from rookery.errors import BadState
 
 if TYPE_CHECKING:
@@ -74,6 +74,14 @@ class State:
         """A state with `change` applied to every tensor, the token counts included."""
         return self.with_tensors({k: change(t) for k, t in self.tensors().items()}, change(self.tokens_seen))
 
+    def check_model(self, config: Any) -> None:
+        """BadState unless a model of this config could have made this state."""
+        if type(config) is type(self.config) and sizes(config) == sizes(self.config):
+            return
+        mine, theirs = ({"config": type(c).__name__, **sizes(c)} for c in (self.config, config))
+        apart = [f"{k} {mine.get(k)} against {theirs.get(k)}" for k in mine if mine.get(k) != theirs.get(k)]
+        raise BadState(f"the state belongs to another model: {', '.join(apart)}")
+
     def clone(self) -> State:
         """An independent copy."""
         return self.map(Tensor.clone)
@@ -109,12 +117,11 @@ class State:
     def load(path: str | os.PathLike[str], model: LanguageModel) -> State:
         """The state in a file that `model` (or the native runtime on it) wrote; BadState for any other."""
         arrays = read_state(path, model=model.fingerprint())
+        expected = {"tokens_seen", *model.init_state(0).tensors()}
+        if arrays.keys() != expected:
+            raise BadState(f"{os.fspath(path)!r} holds {sorted(arrays)}, this model's state is {sorted(expected)}")
         tokens_seen = torch.from_numpy(arrays.pop("tokens_seen"))
         fresh = model.init_state(len(tokens_seen))
-        if arrays.keys() != fresh.tensors().keys():
-            raise BadState(
-                f"{os.fspath(path)!r} holds {sorted(arrays)}, this model's state is {sorted(fresh.tensors())}"
-            )
         like = {name: (t.device, t.dtype) for name, t in fresh.tensors().items()}
         tensors = {name: from_numpy(a).to(*like[name]) for name, a in arrays.items()}
         return fresh.with_tensors(tensors, tokens_seen.to(fresh.tokens_seen.device))
@@ -124,8 +131,12 @@ def cat(states: Sequence[State]) -> State:
     """One state whose rows are those of `states` one after the other.
 
     Growing caches of unequal length are filled up with zeros at their end: what lies beyond a row's `tokens_seen` is
-    never read.
+    never read. Raises BadState for states of models of different sizes.
     """
+    if not states:
+        raise ValueError("there is no state to join; give at least one")
+    for state in states[1:]:
+        states[0].check_model(state.config)
     named = [state.tensors() for state in states]
     joined = {}
     for name in named[0]:

@@ -276,6 +276,9 @@ def test_the_state_of_another_model_is_refused(name, tmp_path):
     with pytest.raises(BadState, match="state of another model"):
         State.load(path, randomised(name, num_hidden_layers=model.config.num_hidden_layers + 1))
     State.load(path, randomised(name))  # the same weights again are the same model
+    deeper = create_model(name, num_hidden_layers=model.config.num_hidden_layers + 1)
+    with pytest.raises(BadState, match=r"the state belongs to another model: num_hidden_layers \d+ against \d+"):
+        deeper(some_tokens(deeper, 1, 1), some_state(model, 1))
 
 
 def test_a_state_follows_its_model_to_another_dtype(name, tmp_path):

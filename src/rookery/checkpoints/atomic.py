@@ -15,6 +15,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     to the disk before the rename, so that a power cut cannot leave an empty file of the right name.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}; make it first")
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     os.close(handle)
     temporary = Path(name)

@@ -20,14 +20,18 @@ from rookery.errors import BadState
 FORMAT = "rookery-state-1"
 
 
+def sizes(config: Any) -> dict[str, int]:
+    """The whole numbers of a config: two models share states only if these are equal."""
+    return {name: value for name, value in asdict(config).items() if isinstance(value, int)}
+
+
 def fingerprint(family: str, config: Any, embedding: np.ndarray, final_norm: np.ndarray) -> str:
     """Names a model by its family, its sizes and a sample of its weights, the same in every format that keeps them.
 
     `embedding` holds the first 16 rows of the embedding (before any folding), `final_norm` the last norm's weight; both
     are rounded to bfloat16 first, so that a float32 copy of a bfloat16 file is the same model.
     """
-    sizes = {k: v for k, v in asdict(config).items() if isinstance(v, int)}
-    digest = hashlib.sha256(json.dumps([family, sizes], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([family, sizes(config)], sort_keys=True).encode())
     for sample in (embedding[:16], final_norm):
         digest.update(np.ascontiguousarray(sample, dtype=np.float32).astype(ml_dtypes.bfloat16).tobytes())
     return digest.hexdigest()[:32]

@@ -101,6 +101,11 @@ def config_from_shapes(shapes: Shapes) -> TransformerConfig:
     except KeyError as missing:
         raise BadCheckpoint(f"not a transformer of Llama or Qwen2 shape: {missing} is missing") from None
     head_dim = 128 if hidden_size >= 2048 else 64
+    if queries % head_dim or keys % head_dim:
+        raise BadCheckpoint(
+            f"the head size is not in the tensors, and the usual {head_dim} does not divide the {queries} query and "
+            f"{keys} key channels; build the model from its config instead"
+        )
     return TransformerConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,

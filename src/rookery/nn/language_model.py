@@ -82,7 +82,7 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def check_tokens(self, tokens: Tensor, state: State | None, cu_seqlens: Tensor | None) -> State:
-        """The state to start from; ValueError where tokens, state and cu_seqlens do not fit together."""
+        """The state to start from; ValueError where tokens, state, model and cu_seqlens do not fit together."""
         if tokens.dim() != 2:
             raise ValueError(
                 f"tokens must be [batch, time], got shape {list(tokens.shape)}; add a batch with tokens[None]"
@@ -92,6 +92,7 @@ class LanguageModel(nn.Module):
         rows = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         if state is None:
             return self.init_state(rows)
+        state.check_model(self.config)
         if state.batch != rows:
             raise ValueError(f"the state has {state.batch} rows, the tokens {rows}")
         return state
