@@ -44,7 +44,8 @@ def test_the_file_is_as_readable_as_any_other(tmp_path):
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"cannot write '.*model\.bin': there is no folder '.*nowhere'; make it"
-    ), replacing(tmp_path / "nowhere" / "model.bin"):
+    with (
+        pytest.raises(FileNotFoundError, match=r"cannot write '.*model\.bin': there is no folder '.*nowhere'; make it"),
+        replacing(tmp_path / "nowhere" / "model.bin"),
+    ):
         pass
