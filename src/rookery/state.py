@@ -7,15 +7,16 @@ it is called on.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rookery.checkpoints.state_file import read_state, sizes, write_state
+from rookery.checkpoints.state_file import SESSION_PREFIX, read_state, sizes, write_state
 from rookery.errors import BadState
 
 if TYPE_CHECKING:
@@ -108,23 +109,38 @@ class State:
             moved[name] = tensor.to(device=device, dtype=target)
         return self.with_tensors(moved, self.tokens_seen.to(device=device))
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All tensors, "tokens_seen" included, as state files hold them; on the CPU the memory is shared."""
+        named = self.tensors() | {"tokens_seen": self.tokens_seen}
+        return {name: to_numpy(tensor) for name, tensor in named.items()}
+
+    @staticmethod
+    def from_arrays(arrays: Mapping[str, np.ndarray], model: LanguageModel) -> State:
+        """The state of `model` that these arrays hold; BadState where their names are not those of its state."""
+        expected = {"tokens_seen", *model.init_state(0).tensors()}
+        if arrays.keys() != expected:
+            raise BadState(f"the state holds {sorted(arrays)}, this model's state is {sorted(expected)}")
+        fresh = model.init_state(len(arrays["tokens_seen"]))
+        like = {name: (t.device, t.dtype) for name, t in fresh.tensors().items()}
+        tensors = {name: from_numpy(arrays[name]).to(*like[name]) for name in like}
+        return fresh.with_tensors(tensors, from_numpy(arrays["tokens_seen"]).to(fresh.tokens_seen.device))
+
     def save(self, path: str | os.PathLike[str], model: LanguageModel) -> None:
         """Writes the state to `path` with the fingerprint of `model`; the file is whole or absent."""
-        named = self.tensors() | {"tokens_seen": self.tokens_seen}
-        write_state(path, {k: to_numpy(t) for k, t in named.items()}, model=model.fingerprint())
+        write_state(path, self.arrays(), model=model.fingerprint())
 
     @staticmethod
     def load(path: str | os.PathLike[str], model: LanguageModel) -> State:
-        """The state in a file that `model` (or the native runtime on it) wrote; BadState for any other."""
+        """The state in a file that `model` (or the native runtime on it) wrote; BadState for any other.
+
+        A session's file will do, too: what it keeps besides the state is left out.
+        """
         arrays = read_state(path, model=model.fingerprint())
-        expected = {"tokens_seen", *model.init_state(0).tensors()}
-        if arrays.keys() != expected:
-            raise BadState(f"{os.fspath(path)!r} holds {sorted(arrays)}, this model's state is {sorted(expected)}")
-        tokens_seen = torch.from_numpy(arrays.pop("tokens_seen"))
-        fresh = model.init_state(len(tokens_seen))
-        like = {name: (t.device, t.dtype) for name, t in fresh.tensors().items()}
-        tensors = {name: from_numpy(a).to(*like[name]) for name, a in arrays.items()}
-        return fresh.with_tensors(tensors, tokens_seen.to(fresh.tokens_seen.device))
+        arrays = {name: array for name, array in arrays.items() if not name.startswith(SESSION_PREFIX)}
+        try:
+            return State.from_arrays(arrays, model)
+        except BadState as other:
+            raise BadState(f"{os.fspath(path)!r} does not fit: {other}") from None
 
 
 def cat(states: Sequence[State]) -> State:

@@ -1,7 +1,7 @@
 """State files: what a model remembers, as safetensors with a fingerprint of the model. Both runners share them.
 
 Tensor names are "layers.<i>.<field>" and "shared.<field>" plus "tokens_seen" (int64 [rows]); recurrent matrices are
-[rows, head, value, key].
+[rows, head, value, key]. A session's file also has "session.<name>": what a conversation keeps beside the state.
 """
 
 import hashlib
@@ -18,6 +18,8 @@ from rookery.checkpoints.atomic import replacing
 from rookery.errors import BadState
 
 FORMAT = "rookery-state-1"
+SESSION_PREFIX = "session."
+"""Begins the names of tensors that are no part of the model's state."""
 
 
 def sizes(config: Any) -> dict[str, int]:

@@ -1,0 +1,155 @@
+"""The front door: a model that takes text and gives text."""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rookery.engine.session import CHUNK, END_OF_TEXT, Session
+from rookery.errors import BadCheckpoint, MissingDependency, UnknownName
+
+if TYPE_CHECKING:
+    from rookery.checkpoints.checkpoint import Checkpoint
+    from rookery.engine.runners.protocol import Runner
+    from rookery.tokenizers import Tokenizer
+
+EMBEDDED = Path(__file__).parents[1] / "assets" / "embedded"
+"""Folder of the model that comes with the package."""
+FORMATS: tuple[str, ...] = ()
+"""What `quantize` may name."""
+
+
+class LLM:
+    """A language model, ready to generate. Without a path, the small one that comes with the package.
+
+    `path` is a model file or folder of any format that `open_checkpoint` reads; weights keep the file's precision.
+    `threads` is for the CPU. `device` ("cpu", "cuda", …) says where the model runs. `tokenizer` is a tokenizer, or the
+    name or file of one; left out, it is found when text is first needed.
+    Raises BadCheckpoint for what is no model, or MissingDependency for what cannot run here.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        quantize: str | None = None,
+        threads: int | None = None,
+        device: str | None = None,
+        tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
+    ) -> None:
+        if quantize is not None and quantize not in FORMATS:
+            supported = ", ".join(map(repr, FORMATS)) or "None, which keeps the precision of the file"
+            raise UnknownName(f"quantize={quantize!r} is not supported; supported: {supported}")
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be 1 or more, got {threads}; leave it out to use every core")
+        self.path = Path(EMBEDDED if path is None else path)
+        """The model's file or folder."""
+        if path is None and not self.path.is_dir():
+            raise BadCheckpoint(
+                "this installation of rookery has no embedded model; give the path of a model file (--model PATH)"
+            )
+        self._tokenizer = tokenizer
+        self.runner = _runner(self.path, threads, device)
+
+    @classmethod
+    def from_runner(cls, runner: Runner, tokenizer: str | os.PathLike[str] | Tokenizer | None = None) -> LLM:
+        """An LLM on a model that is loaded already, as `TorchRunner(model)` holds one."""
+        llm = cls.__new__(cls)
+        llm.path, llm._tokenizer, llm.runner = None, tokenizer, runner
+        return llm
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; BadTokenizer where none can be found."""
+        if hasattr(self._tokenizer, "encode"):
+            return self._tokenizer
+        from rookery.tokenizers import resolve
+
+        return resolve(self._tokenizer, path=self.path, vocab_size=self.runner.config.vocab_size)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int = 256,
+        *,
+        temperature: float = 1.0,
+        seed: int | None = None,
+        ignore_eos: bool = False,
+        stop: str | Sequence[str] = (),
+        bos: bool = False,
+        **sampling: Any,
+    ) -> str:
+        """The text that follows `prompt` (text or token ids); the options are those of `Session.stream`.
+
+        `bos` begins with token 0, which some models expect at the start of a text.
+        """
+        options = {"temperature": temperature, "seed": seed, "ignore_eos": ignore_eos, "stop": stop} | sampling
+        return "".join(self.stream(prompt, max_tokens, bos=bos, **options))
+
+    def stream(
+        self, prompt: str | Sequence[int], max_tokens: int = 256, *, bos: bool = False, **options: Any
+    ) -> Iterator[str]:
+        """As `generate`, piece by piece; each piece is made of whole characters."""
+        session = self.session()
+        session.feed([END_OF_TEXT, *self.tokens_of(prompt)] if bos else prompt)
+        pieces = session.stream(max_tokens, **options)
+
+        def text() -> Iterator[str]:
+            yield from pieces
+            if rest := session.flush():
+                yield rest
+
+        return text()
+
+    def session(self, state: str | os.PathLike[str] | None = None) -> Session:
+        """A new conversation, or the one that `Session.save` wrote to the file `state`."""
+        return Session(self) if state is None else Session.load(self, state)
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """float32 [t, vocab]: what follows each of t tokens, from the beginning of a text."""
+        tokens, state = self.tokens_of(list(token_ids)), self.runner.init_state()
+        logits = np.empty((len(tokens), self.runner.config.vocab_size), np.float32)
+        for start in range(0, len(tokens), CHUNK):
+            logits[start : start + CHUNK] = self.runner.forward(tokens[start : start + CHUNK], state, "all")
+        return logits
+
+    def tokens_of(self, text_or_ids: str | Sequence[int]) -> list[int]:
+        """Token ids of a text; ids are checked and come back as they are."""
+        vocab_size = self.runner.config.vocab_size
+        if isinstance(text_or_ids, str):
+            ids, source = self.tokenizer.encode(text_or_ids), "the tokenizer gives"
+        else:
+            ids, source = [operator.index(token) for token in text_or_ids], "got"
+        for token in ids:
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"{source} token {token}, the model knows 0 to {vocab_size - 1}")
+        return ids
+
+
+def _runner(path: Path, threads: int | None, device: str | None) -> Runner:
+    """The model at `path`."""
+    from rookery.checkpoints.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(path)
+    if checkpoint.family.kind != "language":
+        raise BadCheckpoint(f"{checkpoint.path!r} is a {checkpoint.family.kind} model; LLM runs language models")
+    return _torch_runner(checkpoint, threads, device or "cpu", "this model runs on torch")
+
+
+def _torch_runner(checkpoint: Checkpoint, threads: int | None, device: str, reason: str) -> Runner:
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise MissingDependency(
+            f'{reason}, and torch is not installed ({error}); pip install "rookery[torch]"'
+        ) from None
+    from rookery.engine.runners.torch import TorchRunner
+    from rookery.models import load
+
+    return TorchRunner(load(checkpoint.path, device=device), threads)

@@ -1,0 +1,47 @@
+"""What runs a model: the engine's side of the native and the torch runner."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+Wanted = Literal["none", "last", "all"]
+"""Which positions' logits a call computes: the head is a large part of the work, so prefill asks for the last alone."""
+
+
+class RowState(Protocol):
+    """What a model remembers of one row of tokens. Its runner advances it in place; `copy` first to keep it."""
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens whose effect is in the state."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the numbers in it."""
+
+    def copy(self) -> "RowState":
+        """An independent copy."""
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Copies of all tensors under their names in state files, each [1, …], with "tokens_seen" int64 [1]."""
+
+
+class Runner(Protocol):
+    """A loaded model."""
+
+    name: str
+    """"native" or "torch"."""
+    family: str
+    """Registered name of the family."""
+    config: Any
+    """The family's config with the sizes of this model."""
+
+    def fingerprint(self) -> str:
+        """Names these weights in state files."""
+
+    def init_state(self, tensors: Mapping[str, np.ndarray] | None = None) -> RowState:
+        """The state before the first token, or the one that `RowState.tensors` gave; BadState where it does not fit."""
+
+    def forward(self, tokens: Sequence[int], state: RowState, logits: Wanted = "last") -> np.ndarray:
+        """Reads tokens, advancing `state`; float32 logits [n, vocab], n = 0, 1 or all. The array is the caller's."""

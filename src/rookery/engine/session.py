@@ -1,0 +1,312 @@
+"""A conversation: a model's state, what it would say next, and the rules for going on.
+
+What a session knows is the text it was fed and the text it has shown. `tokens_seen` counts every token whose effect is
+in the state: those fed and those sampled, but neither the token that ended a text (id 0) nor a stop string. A sampled
+token is read by the model when the session is next used, so that the last one of a text costs nothing until then; every
+public method counts it as read.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from rookery.checkpoints.state_file import SESSION_PREFIX, read_state, write_state
+from rookery.engine.runners.protocol import RowState
+from rookery.engine.sampling import Sampler, Sampling
+from rookery.engine.text import StopStrings
+
+if TYPE_CHECKING:
+    from rookery.engine.llm import LLM
+
+END_OF_TEXT = 0
+"""The token that ends a text in every RWKV vocabulary."""
+CHUNK = 512
+"""Tokens of a prompt that are read in one call: bounds memory, and lets an interruption through."""
+
+
+@dataclass
+class Position:
+    """Where a session stands."""
+
+    state: RowState
+    """What the model remembers; advanced in place."""
+    logits: np.ndarray | None = None
+    """float32 [vocab], what follows the last token of `state`; None where nothing was read, or its logits are lost."""
+    unread: list[int] = field(default_factory=list)
+    """Tokens that belong to the text and are not in `state` yet."""
+    unfinished: bytes = b""
+    """The first bytes of a character whose others have not come."""
+
+    def copy(self) -> Position:
+        """An independent copy; logits are never written to and may be shared."""
+        return replace(self, state=self.state.copy(), unread=list(self.unread))
+
+
+class Session:
+    """One conversation with a model; made by `LLM.session()`."""
+
+    def __init__(self, llm: LLM, position: Position | None = None) -> None:
+        self.llm = llm
+        self._at = position or Position(llm.runner.init_state())
+        self._stream: TextStream | TokenStream | None = None
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens whose effect is in the state."""
+        self._read()
+        return self._at.state.tokens_seen
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state."""
+        return self._at.state.nbytes
+
+    def feed(self, text_or_ids: str | Sequence[int]) -> None:
+        """Reads text, or token ids; the state is up to date on return. Ends a stream that is still open."""
+        tokens = self.llm.tokens_of(text_or_ids)
+        self._end_stream()
+        self._read(tokens)
+        self._at.unfinished = b""
+
+    def stream(
+        self,
+        max_tokens: int = 256,
+        temperature: float = 1.0,
+        seed: int | None = None,
+        ignore_eos: bool = False,
+        *,
+        stop: str | Sequence[str] = (),
+        **sampling: Any,
+    ) -> TextStream:
+        """Goes on with the text: an iterator over its pieces, each made of whole characters.
+
+        It ends after `max_tokens`, at token 0 (unless `ignore_eos`), or before the first of the strings `stop`,
+        wherever token borders lie. `sampling` takes the other fields of `Sampling` (top_p, top_k, …). The same `seed`
+        at the same position draws the same numbers, so a text cut into several calls, or saved and loaded, goes on as
+        if it had not been; None draws anew. ValueError where there is nothing to go on from.
+        """
+        tokens = self._token_stream(max_tokens, temperature, seed, ignore_eos, sampling)
+        self._stream = TextStream(tokens, StopStrings(stop))
+        return self._stream
+
+    def stream_tokens(
+        self,
+        max_tokens: int = 256,
+        temperature: float = 1.0,
+        seed: int | None = None,
+        ignore_eos: bool = False,
+        **sampling: Any,
+    ) -> TokenStream:
+        """As `stream`, but over token ids: needs no tokenizer and knows no stop strings."""
+        self._stream = self._token_stream(max_tokens, temperature, seed, ignore_eos, sampling)
+        return self._stream
+
+    def generate(self, max_tokens: int = 256, **options: Any) -> str:
+        """The pieces of `stream` in one string; the options are the same."""
+        return "".join(self.stream(max_tokens, **options))
+
+    def flush(self) -> str:
+        """For the end of a text: U+FFFD if it stops inside a character (whose bytes are then forgotten), or nothing."""
+        text = self._at.unfinished.decode("utf-8", "replace")
+        self._at.unfinished = b""
+        return text
+
+    def fork(self) -> Session:
+        """An independent session that stands where this one does."""
+        return Session(self.llm, self._shown().copy())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes everything the session needs to go on exactly; `LLM.session(state=path)` reads it.
+
+        Beside the state the file holds the logits that follow it, so that going on reads no token twice.
+        """
+        at = self._shown()
+        self._read_into(at, [])
+        extra = {"unfinished": np.frombuffer(at.unfinished, np.uint8)}
+        if at.logits is not None:
+            extra["logits"] = at.logits[None]
+        tensors = at.state.tensors() | {SESSION_PREFIX + name: array for name, array in extra.items()}
+        write_state(path, tensors, model=self.llm.runner.fingerprint())
+
+    @classmethod
+    def load(cls, llm: LLM, path: str | os.PathLike[str]) -> Self:
+        """The session that `save` wrote to a file, or one on the bare state in it; BadState for another model's."""
+        arrays = read_state(path, model=llm.runner.fingerprint())
+        extra = {name: arrays.pop(name) for name in list(arrays) if name.startswith(SESSION_PREFIX)}
+        logits = extra.get(SESSION_PREFIX + "logits")
+        unfinished = extra.get(SESSION_PREFIX + "unfinished", np.empty(0, np.uint8))
+        state = llm.runner.init_state(arrays)
+        return cls(llm, Position(state, None if logits is None else logits[0], [], unfinished.tobytes()))
+
+    def _token_stream(
+        self, max_tokens: int, temperature: float, seed: int | None, ignore_eos: bool, sampling: dict[str, Any]
+    ) -> TokenStream:
+        if max_tokens < 0:
+            raise ValueError(f"max_tokens must be 0 or more, got {max_tokens}")
+        how = Sampling(temperature=temperature, **sampling)
+        self.llm.tokens_of(how.banned)
+        self._end_stream()
+        self._read()
+        if self._at.logits is None:
+            raise ValueError(
+                "there is nothing to go on from: feed a prompt first, or token 0 (bos=True, --bos) for a text from "
+                "nowhere"
+            )
+        seed = int.from_bytes(os.urandom(8), "little") if seed is None else seed
+        pieces = self.llm.tokenizer.token_bytes if how.penalises else None
+        sampler = Sampler(how, seed, pieces, step=self._at.state.tokens_seen)
+        return TokenStream(self, sampler, max_tokens, frozenset() if ignore_eos else frozenset({END_OF_TEXT}))
+
+    def _end_stream(self) -> None:
+        """Ends an open stream; what it sampled and did not show is taken back."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _shown(self) -> Position:
+        """Where the session stands with what was shown, which an open stream may be ahead of."""
+        return self._at if self._stream is None else self._stream.shown()
+
+    def _read(self, tokens: Sequence[int] = ()) -> None:
+        self._read_into(self._at, tokens)
+
+    def _read_into(self, at: Position, tokens: Sequence[int]) -> None:
+        tokens, at.unread = [*at.unread, *tokens], []
+        if not tokens:
+            return
+        at.logits = None  # an interruption must not leave those of an earlier token
+        for start in range(0, len(tokens), CHUNK):
+            chunk = tokens[start : start + CHUNK]
+            wanted = "last" if start + CHUNK >= len(tokens) else "none"
+            logits = self.llm.runner.forward(chunk, at.state, wanted)
+        at.logits = logits[-1]
+
+
+class TokenStream:
+    """Tokens one after the other, as they are sampled."""
+
+    def __init__(self, session: Session, sampler: Sampler, max_tokens: int, ends: frozenset[int]) -> None:
+        self.session = session
+        self.seed = sampler.seed
+        """Gives the same tokens again from the same position."""
+        self.tokens: list[int] = []
+        """The tokens so far, without the one that ended the text."""
+        self.finish_reason: str | None = None
+        """None while open, then "length", "end" (token 0), "stop" (a stop string) or "closed"."""
+        self._sampler, self._max_tokens, self._ends = sampler, max_tokens, ends
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> int:
+        if self.finish_reason is None and len(self.tokens) >= self._max_tokens:
+            self.finish_reason = "length"
+        if self.finish_reason is not None:
+            raise StopIteration
+        self.session._read()
+        token = self._sampler.next(self.session._at.logits)
+        if token in self._ends:
+            self.finish_reason = "end"
+            raise StopIteration
+        self._sampler.accept(token)
+        self.tokens.append(token)
+        self.session._at.unread.append(token)
+        return token
+
+    def close(self) -> None:
+        """Ends the stream; harmless when it has ended."""
+        self.finish_reason = self.finish_reason or "closed"
+
+    def shown(self) -> Position:
+        return self.session._at
+
+
+class TextStream:
+    """Pieces of text one after the other; the attributes are those of `TokenStream`."""
+
+    def __init__(self, source: TokenStream, stops: StopStrings) -> None:
+        self._source, self._stops = source, stops
+        self.session = source.session
+        self._tokenizer = source.session.llm.tokenizer
+        # where the session stood when all its text had been shown, and what was shown of the tokens since; None while
+        # nothing is held back
+        self._mark: Position | None = None
+        self._since = ""
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens sampled so far; a stop string's are among them."""
+        return self._source.tokens
+
+    @property
+    def seed(self) -> int:
+        """Gives the same text again from the same position."""
+        return self._source.seed
+
+    @property
+    def finish_reason(self) -> str | None:
+        """None while open, then "length", "end" (token 0), "stop" (a stop string) or "closed"."""
+        return self._source.finish_reason
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        while self.finish_reason is None:
+            if piece := self._advance():
+                return piece
+        raise StopIteration
+
+    def close(self) -> None:
+        """Ends the stream where it is; the session forgets what was sampled and not shown."""
+        if self.finish_reason is None:
+            self._source.close()
+            self._return_to_shown()
+
+    def shown(self) -> Position:
+        """Where the session stands with exactly the text that was shown."""
+        if self._mark is None:
+            return self.session._at
+        at = self._mark.copy()
+        at.unread = self._tokenizer.encode(self._since)
+        return at
+
+    def _advance(self) -> str:
+        """Samples one token; the text that may be shown now."""
+        at = self.session._at
+        token = next(self._source, None)
+        if token is None:
+            self._mark = None  # what was held back belongs to the text after all
+            return self._stops.flush()
+        before = at.unfinished
+        text = self._decode(token)
+        text, stopped = self._stops.push(text)
+        if self._stops.stops:
+            behind = stopped or self._stops.held or at.unfinished
+            if behind and self._mark is None and not before:
+                # the token is not in the state yet: this is the last moment to keep the state without it
+                self._mark, self._since = Position(at.state.copy(), at.logits), ""
+            self._since += text
+            if not behind:
+                self._mark = None
+        if stopped:
+            self._source.finish_reason = "stop"
+            self._return_to_shown()
+        return text
+
+    def _decode(self, token: int) -> str:
+        at = self.session._at
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        text = decoder.decode(at.unfinished + self._tokenizer.token_bytes(token))
+        at.unfinished = decoder.getstate()[0]
+        return text
+
+    def _return_to_shown(self) -> None:
+        self.session._at = self.shown()
+        self._mark = None
