@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace rookery {
 namespace ROOKERY_ISA {
@@ -42,6 +43,53 @@ inline float sum(vfloat v) {
   float total = 0;
   for (int i = 0; i < lanes; ++i) total += v[i];
   return total;
+}
+
+// The two halves of an exchange between vectors: lane l of `keep_low` is a[l] where bit `step` of l is 0 and b[l ^ step]
+// where it is 1; `keep_high` has a[l ^ step] and b[l].
+template <int step, int... l>
+inline vfloat keep_low(vfloat a, vfloat b, std::integer_sequence<int, l...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (l & step ? lanes + (l ^ step) : l)...);
+#else
+  return __builtin_shuffle(a, b, vint{(l & step ? lanes + (l ^ step) : l)...});
+#endif
+}
+
+template <int step, int... l>
+inline vfloat keep_high(vfloat a, vfloat b, std::integer_sequence<int, l...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (l & step ? lanes + l : l ^ step)...);
+#else
+  return __builtin_shuffle(a, b, vint{(l & step ? lanes + l : l ^ step)...});
+#endif
+}
+
+constexpr std::make_integer_sequence<int, lanes> lane_numbers{};
+
+// Lane l of the result is the sum over x[l]. Destroys x[0] … x[lanes − 1].
+template <int step = lanes / 2>
+inline vfloat sums(vfloat* x) {
+#pragma GCC unroll 8
+  for (int m = 0; m < step; ++m)
+    x[m] = keep_low<step>(x[m], x[m + step], lane_numbers) + keep_high<step>(x[m], x[m + step], lane_numbers);
+  if constexpr (step > 1)
+    return sums<step / 2>(x);
+  else
+    return x[0];
+}
+
+// Exchanges rows and columns of x[0] … x[lanes − 1].
+template <int step = lanes / 2>
+inline void transpose(vfloat* x) {
+#pragma GCC unroll 16
+  for (int m = 0; m < lanes; ++m)
+    if (!(m & step)) {
+      const vfloat upper = keep_low<step>(x[m], x[m + step], lane_numbers);
+      x[m + step] = keep_high<step>(x[m], x[m + step], lane_numbers);
+      x[m] = upper;
+    }
+  if constexpr (step > 1) transpose<step / 2>(x);
 }
 
 }  // namespace ROOKERY_ISA

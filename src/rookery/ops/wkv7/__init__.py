@@ -10,9 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rookery.ops.dispatch import Backend, Op
-from rookery.ops.wkv7 import reference
+from rookery.ops.wkv7 import native, reference
 
-OP = Op("wkv7", [Backend("reference", reference.wkv7)])
+OP = Op("wkv7", [Backend("native", native.wkv7, native.why_not), Backend("reference", reference.wkv7)])
 
 
 def wkv7(
@@ -24,7 +24,7 @@ def wkv7(
     a: Float[Tensor, "b t h k"],
     b: Float[Tensor, "b t h k"],
     state: Float[Tensor, "rows h v k"] | None = None,
-    cu_seqlens: Int[Tensor, "d+1"] | None = None,
+    cu_seqlens: Int[Tensor, " d+1"] | None = None,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "rows h v k"]]:
     """The outputs for t tokens, in the dtype of `v`, and the state after them.

@@ -16,7 +16,7 @@ def wkv7(
     a: Float[Tensor, "b t h k"],
     b: Float[Tensor, "b t h k"],
     state: Float[Tensor, "rows h v k"],
-    cu_seqlens: Int[Tensor, "d+1"] | None = None,
+    cu_seqlens: Int[Tensor, " d+1"] | None = None,
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "rows h v k"]]:
     if cu_seqlens is not None:
         return per_document(wkv7, r=r, log_w=log_w, k=k, v=v, a=a, b=b, state=state, cu_seqlens=cu_seqlens)
