@@ -139,17 +139,14 @@ def _runner(path: Path, threads: int | None, device: str | None) -> Runner:
     checkpoint = open_checkpoint(path)
     if checkpoint.family.kind != "language":
         raise BadCheckpoint(f"{checkpoint.path!r} is a {checkpoint.family.kind} model; LLM runs language models")
-    return _torch_runner(checkpoint, threads, device or "cpu", "this model runs on torch")
+    return _torch_runner(checkpoint, threads, device or "cpu", "the model is to run with torch")
 
 
 def _torch_runner(checkpoint: Checkpoint, threads: int | None, device: str, reason: str) -> Runner:
     try:
-        import torch  # noqa: F401
+        from rookery.engine.runners.torch import TorchRunner
     except ImportError as error:
         raise MissingDependency(
-            f'{reason}, and torch is not installed ({error}); pip install "rookery[torch]"'
+            f'{reason}, which needs torch, and that is not installed ({error}); pip install "rookery[torch]"'
         ) from None
-    from rookery.engine.runners.torch import TorchRunner
-    from rookery.models import load
-
-    return TorchRunner(load(checkpoint.path, device=device), threads)
+    return TorchRunner.load(checkpoint.path, device=device, threads=threads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -44,6 +45,17 @@ class TorchRunner:
         self.model = model.eval()
         self.family = model.family
         self.config = model.config
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: str = "cpu", threads: int | None = None) -> TorchRunner:
+        """The model in a file of any readable format, on `device`; ValueError where there is no such device."""
+        from rookery.models import load
+
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+            raise ValueError(f"device={device!r} cannot be used: {str(error).splitlines()[0]}") from None
+        return cls(load(path, device=device), threads)
 
     def fingerprint(self) -> str:
         return self.model.fingerprint()
