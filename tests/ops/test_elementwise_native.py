@@ -124,7 +124,7 @@ def test_float64_goes_to_the_definition_and_a_forced_backend_never_falls_back(op
     cases = parts(op)[2]
     wide = cases.make(cases.CASES[0], torch.Generator().manual_seed(1), torch.float64)
     assert package.OP.pick(None, **wide).name == "reference"
-    with pytest.raises(BackendUnavailable, match="it takes float32, bfloat16, a tensor has torch.float64"):
+    with pytest.raises(BackendUnavailable, match=r"it takes float32, bfloat16, a tensor has torch\.float64"):
         package.OP(backend="native", **wide)
     narrow = cases.make(cases.CASES[0], torch.Generator().manual_seed(1), torch.float32)
     assert package.OP.pick(None, **narrow).name == "native"

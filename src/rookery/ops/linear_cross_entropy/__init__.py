@@ -4,9 +4,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rookery.ops.dispatch import Backend, Op
-from rookery.ops.linear_cross_entropy import reference
+from rookery.ops.linear_cross_entropy import chunked, native, reference
 
-OP = Op("linear_cross_entropy", [Backend("reference", reference.linear_cross_entropy)])
+OP = Op(
+    "linear_cross_entropy",
+    [
+        Backend("native", native.linear_cross_entropy, native.why_not),
+        Backend("chunked", chunked.linear_cross_entropy),
+        Backend("reference", reference.linear_cross_entropy),
+    ],
+)
 
 
 def linear_cross_entropy(

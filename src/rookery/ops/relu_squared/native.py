@@ -37,16 +37,16 @@ def backward(x: Tensor, grad_y: Tensor, isa: str) -> Tensor:
 
 
 @forward.register_fake
-def _(x: Tensor, isa: str) -> Tensor:  # noqa: ARG001
+def _(x: Tensor, isa: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @backward.register_fake
-def _(x: Tensor, grad_y: Tensor, isa: str) -> Tensor:  # noqa: ARG001
+def _(x: Tensor, grad_y: Tensor, isa: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:  # noqa: ARG001
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, ctx.isa = inputs
     ctx.save_for_backward(x)
 

@@ -20,7 +20,7 @@ def token_shift(
     x: Float[Tensor, "b t c"],
     mix: Float[Tensor, "n c"],
     previous: Float[Tensor, "rows c"] | None = None,
-    cu_seqlens: Int[Tensor, "d+1"] | None = None,
+    cu_seqlens: Int[Tensor, " d+1"] | None = None,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "n b t c"], Float[Tensor, "rows c"]]:
     """The n mixtures of every token with the one before it, and each row's last token (the next call's `previous`).

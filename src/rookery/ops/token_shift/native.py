@@ -10,7 +10,7 @@ from rookery.ops.dispatch import native_module
 from rookery.ops.native import addresses, elementwise_why_not, settings
 
 
-def why_not(*, x: Tensor, mix: Tensor, previous: Tensor, cu_seqlens: Tensor | None = None) -> str | None:  # noqa: ARG001
+def why_not(*, x: Tensor, mix: Tensor, previous: Tensor, cu_seqlens: Tensor | None = None) -> str | None:
     return elementwise_why_not(x, previous, parameters=(mix,))
 
 
@@ -19,7 +19,7 @@ def token_shift(
     x: Float[Tensor, "b t c"],
     mix: Float[Tensor, "n c"],
     previous: Float[Tensor, "rows c"],
-    cu_seqlens: Int[Tensor, "d+1"] | None = None,
+    cu_seqlens: Int[Tensor, " d+1"] | None = None,
     isa: str = "",
 ) -> tuple[Float[Tensor, "n b t c"], Float[Tensor, "rows c"]]:
     """As the reference, with arithmetic in float32. `isa` forces an instruction set, "" takes the best one."""
@@ -73,7 +73,7 @@ def _starts(x: Tensor, cu_seqlens: Tensor | None) -> list[int]:
 
 
 @forward.register_fake
-def _(x: Tensor, mix: Tensor, previous: Tensor, cu_seqlens: Tensor | None, isa: str) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+def _(x: Tensor, mix: Tensor, previous: Tensor, cu_seqlens: Tensor | None, isa: str) -> tuple[Tensor, Tensor]:
     return x.new_empty(mix.shape[0], *x.shape), previous.new_empty(previous.shape)
 
 
@@ -82,15 +82,15 @@ def _(
     x: Tensor,
     mix: Tensor,
     previous: Tensor,
-    cu_seqlens: Tensor | None,  # noqa: ARG001
-    grad_out: Tensor,  # noqa: ARG001
-    grad_last: Tensor,  # noqa: ARG001
-    isa: str,  # noqa: ARG001
+    cu_seqlens: Tensor | None,
+    grad_out: Tensor,
+    grad_last: Tensor,
+    isa: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), mix.new_empty(mix.shape), previous.new_empty(previous.shape)
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple) -> None:  # noqa: ARG001
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, mix, previous, cu_seqlens, ctx.isa = inputs
     ctx.save_for_backward(x, mix, previous, cu_seqlens)
 

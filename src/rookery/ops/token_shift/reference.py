@@ -12,7 +12,7 @@ def token_shift(
     x: Float[Tensor, "b t c"],
     mix: Float[Tensor, "n c"],
     previous: Float[Tensor, "rows c"],
-    cu_seqlens: Int[Tensor, "d+1"] | None = None,
+    cu_seqlens: Int[Tensor, " d+1"] | None = None,
 ) -> tuple[Float[Tensor, "n b t c"], Float[Tensor, "rows c"]]:
     if cu_seqlens is None:
         before = torch.cat([previous[:, None], x[:, :-1]], dim=1) if x.shape[1] else x

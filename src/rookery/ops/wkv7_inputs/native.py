@@ -17,7 +17,7 @@ def why_not(
     rate_logit: Tensor,
     k_k: Tensor,
     k_a: Tensor,
-    head_dim: int,  # noqa: ARG001
+    head_dim: int,
 ) -> str | None:
     return elementwise_why_not(k, decay_logit, rate_logit, parameters=(k_k, k_a))
 
@@ -98,7 +98,7 @@ def _sizes(k: Tensor, head_dim: int) -> dict[str, int]:
 
 
 @forward.register_fake
-def _(k: Tensor, decay_logit: Tensor, rate_logit: Tensor, k_k: Tensor, k_a: Tensor, head_dim: int, isa: str) -> Four:  # noqa: ARG001
+def _(k: Tensor, decay_logit: Tensor, rate_logit: Tensor, k_k: Tensor, k_a: Tensor, head_dim: int, isa: str) -> Four:
     return _results(k, head_dim)
 
 
@@ -108,20 +108,20 @@ def _(
     decay_logit: Tensor,
     rate_logit: Tensor,
     k_k: Tensor,
-    k_a: Tensor,  # noqa: ARG001
-    grad_log_w: Tensor,  # noqa: ARG001
-    grad_k_out: Tensor,  # noqa: ARG001
-    grad_a: Tensor,  # noqa: ARG001
-    grad_b: Tensor,  # noqa: ARG001
-    head_dim: int,  # noqa: ARG001
-    isa: str,  # noqa: ARG001
+    k_a: Tensor,
+    grad_log_w: Tensor,
+    grad_k_out: Tensor,
+    grad_a: Tensor,
+    grad_b: Tensor,
+    head_dim: int,
+    isa: str,
 ) -> Four:
     like = k, decay_logit, rate_logit
     grad_k, grad_decay_logit, grad_rate_logit = (x.new_empty(x.shape) for x in like)
     return grad_k, grad_decay_logit, grad_rate_logit, k_k.new_empty(2, k_k.shape[0])
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple) -> None:  # noqa: ARG001
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     *tensors, ctx.head_dim, ctx.isa = inputs
     ctx.save_for_backward(*tensors)
 

@@ -20,7 +20,7 @@ def why_not(
     r_k: Tensor,
     weight: Tensor,
     bias: Tensor,
-    eps: float,  # noqa: ARG001
+    eps: float,
 ) -> str | None:
     return elementwise_why_not(y, r, k, v, gate, parameters=(r_k, weight, bias))
 
@@ -100,16 +100,16 @@ def _sizes(y: Tensor) -> dict[str, int]:
 
 @forward.register_fake
 def _(
-    y: Tensor,  # noqa: ARG001
-    r: Tensor,  # noqa: ARG001
-    k: Tensor,  # noqa: ARG001
-    v: Tensor,  # noqa: ARG001
+    y: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
     gate: Tensor,
-    r_k: Tensor,  # noqa: ARG001
-    weight: Tensor,  # noqa: ARG001
-    bias: Tensor,  # noqa: ARG001
-    eps: float,  # noqa: ARG001
-    isa: str,  # noqa: ARG001
+    r_k: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    isa: str,
 ) -> Tensor:
     return gate.new_empty(gate.shape)
 
@@ -123,16 +123,16 @@ def _(
     gate: Tensor,
     r_k: Tensor,
     weight: Tensor,
-    bias: Tensor,  # noqa: ARG001
-    grad_out: Tensor,  # noqa: ARG001
-    eps: float,  # noqa: ARG001
-    isa: str,  # noqa: ARG001
+    bias: Tensor,
+    grad_out: Tensor,
+    eps: float,
+    isa: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     grads = [x.new_empty(x.shape) for x in (y, r, k, v, gate)]
     return *grads, r_k.new_empty(3, weight.shape[0])
 
 
-def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:  # noqa: ARG001
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     *tensors, ctx.eps, ctx.isa = inputs
     ctx.save_for_backward(*tensors)
 
