@@ -1,5 +1,6 @@
 """The record that every family fills in."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -42,3 +43,9 @@ class Family:
     """Format name ("ggmf", "fla", "gguf") -> key map; see `rookery.checkpoints.layout`."""
     fingerprinted: tuple[str, str] = ("emb.weight", "ln_out.weight")
     """Names of the embedding and of the last norm's weight, a sample of which names the model in state files."""
+
+
+def recurrent_nbytes(config: Any, *, batch: int, itemsize: int) -> int:
+    """Bytes of an RWKV state: two shift vectors and one recurrent state a block, the latter in float32 at least."""
+    wkv = math.prod(config.wkv_shape) * max(4, itemsize)
+    return config.num_hidden_layers * batch * (2 * config.hidden_size * itemsize + wkv)

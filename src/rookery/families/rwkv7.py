@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rookery.errors import BadCheckpoint
-from rookery.families.base import Family, Shapes
+from rookery.families.base import Family, Shapes, recurrent_nbytes
 from rookery.families.layout import Layout, Rule
 
 
@@ -45,10 +45,14 @@ class RWKV7Config:
     def num_heads(self) -> int:
         return self.hidden_size // self.head_dim
 
+    @property
+    def wkv_shape(self) -> tuple[int, int, int]:
+        """One block's recurrent state of one row: head, value, key."""
+        return self.num_heads, self.head_dim, self.head_dim
+
     def state_nbytes(self, *, tokens_seen: int, batch: int, itemsize: int) -> int:
         """Bytes of the recurrent state: the same after any number of tokens; `itemsize` bytes a shift number."""
-        matrix_bytes = max(4, itemsize) * self.hidden_size * self.head_dim  # float32, float64 in a float64 model
-        return self.num_hidden_layers * batch * (2 * self.hidden_size * itemsize + matrix_bytes)
+        return recurrent_nbytes(self, batch=batch, itemsize=itemsize)
 
 
 def suggested_ranks(hidden_size: int) -> dict[str, int]:

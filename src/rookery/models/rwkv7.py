@@ -4,33 +4,18 @@ Parameters have the names and shapes of the official files (BlinkDL/RWKV-LM, Apa
 first block's unused v0, v1, v2 do not exist here.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from rookery.families.rwkv7 import FAMILY, RWKV7Config
-from rookery.nn.initial import orthogonal_, uniform_
-from rookery.nn.language_model import LanguageModel
+from rookery.nn.rwkv import RWKV, place, set_matrices, set_vectors
 from rookery.ops.relu_squared import relu_squared
 from rookery.ops.token_shift import token_shift
 from rookery.ops.wkv7 import wkv7
 from rookery.ops.wkv7_inputs import wkv7_inputs
 from rookery.ops.wkv7_output import wkv7_output
-from rookery.state import State
 
 # b batch, t time, c width, h heads, n channels of a head
-
-
-class LayerState(NamedTuple):
-    """What one block remembers."""
-
-    att_shift: Tensor
-    """[b, c], the time mix's last input"""
-    wkv: Tensor
-    """[b, h, n, n], value × key, float32 at least"""
-    ffn_shift: Tensor
-    """[b, c], the channel mix's last input"""
 
 
 class TimeMix(nn.Module):
@@ -103,63 +88,15 @@ class ChannelMix(nn.Module):
         return self.value(relu_squared(x=self.key(xk))), shift
 
 
-class Block(nn.Module):
-    """Time mix and channel mix, each on the norm of the residual stream."""
-
-    def __init__(self, config: RWKV7Config, layer: int) -> None:
-        super().__init__()
-        width, eps = config.hidden_size, config.layer_norm_eps
-        if layer == 0:
-            self.ln0 = nn.LayerNorm(width, eps=eps)
-        self.ln1 = nn.LayerNorm(width, eps=eps)
-        self.ln2 = nn.LayerNorm(width, eps=eps)
-        self.att = TimeMix(config, layer)
-        self.ffn = ChannelMix(config)
-
-    def forward(
-        self, x: Tensor, state: LayerState, v_first: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, LayerState, Tensor]:
-        mixed, att_shift, wkv, v_first = self.att(self.ln1(x), state.att_shift, state.wkv, v_first, cu_seqlens)
-        x = x + mixed
-        mixed, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, cu_seqlens)
-        return x + mixed, LayerState(att_shift, wkv, ffn_shift), v_first
-
-
-class RWKV7(LanguageModel):
+class RWKV7(RWKV):
     """The language model: `logits, state = model(tokens, state)`."""
 
     family = FAMILY.name
+    time_mix = TimeMix
 
-    def __init__(self, config: RWKV7Config) -> None:
-        super().__init__()
-        self.config = config
-        self.emb = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.ln_out = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    def features(
-        self, tokens: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        state = self.check_tokens(tokens, state, cu_seqlens)
-        x = self.blocks[0].ln0(self.emb(tokens))
-        layers, v_first = [], None
-        for block, before in zip(self.blocks, state.layers, strict=True):
-            x, after, v_first = block(x, before, v_first, cu_seqlens)
-            layers.append(after)
-        read = cu_seqlens.diff() if cu_seqlens is not None else tokens.shape[1]
-        return self.ln_out(x), State(tuple(layers), state.tokens_seen + read, self.config)
-
-    def init_state(self, batch: int = 1) -> State:
-        config, like = self.config, self.emb.weight
-        shift = like.new_zeros(batch, config.hidden_size)
-        wide = torch.promote_types(like.dtype, torch.float32)
-        matrix = like.new_zeros(batch, config.num_heads, config.head_dim, config.head_dim, dtype=wide)
-        layers = tuple(LayerState(shift, matrix, shift) for _ in self.blocks)
-        return State(layers, torch.zeros(batch, dtype=torch.int64, device=like.device), config)
-
-    def fingerprint_weights(self) -> tuple[Tensor, Tensor]:
-        return self.emb.weight, self.ln_out.weight
+    @staticmethod
+    def channel_mix(config: RWKV7Config, layer: int) -> ChannelMix:
+        return ChannelMix(config)
 
     @torch.no_grad()
     def init_weights(self, seed: int | None = None) -> None:
@@ -192,23 +129,12 @@ class RWKV7(LanguageModel):
         generator = torch.Generator().manual_seed(0 if seed is None else seed)
         config = self.config
         vectors = initial_2024 if config.init == "v7-2024" else initial_2025_05
+        self.init_norms()
         for layer, block in enumerate(self.blocks):
-            for name, value in vectors(config, layer).items():
-                parameter = block.get_parameter(name)
-                parameter.copy_(value.view_as(parameter))
-            for name, parameter in block.named_parameters():
-                gain = MATRIX_GAIN.get(name)
-                if gain == 0:
-                    parameter.zero_()
-                elif gain is not None:
-                    orthogonal_(parameter, gain, generator)
-                elif ".ln" in "." + name:
-                    parameter.fill_(float(name.endswith("weight")))
+            set_vectors(block, vectors(config, layer))
+            set_matrices(block, MATRIX_GAIN, generator)
             block.att.ln_x.weight.fill_(((1 + layer) / config.num_hidden_layers) ** 0.7)
-        self.ln_out.weight.fill_(1)
-        self.ln_out.bias.zero_()
-        uniform_(self.emb.weight, 1e-4, generator)
-        orthogonal_(self.head.weight, 0.5 * max(1, config.vocab_size / config.hidden_size) ** 0.5, generator)
+        self.init_embedding_and_head(generator)
 
 
 MATRIX_GAIN = {
@@ -226,7 +152,7 @@ MATRIX_GAIN = {
 
 def initial_2025_05(config: RWKV7Config, layer: int) -> dict[str, Tensor]:
     """Vectors of a block by name, RWKV-LM since 2025-05-06."""
-    rho, rho1, d, e = _depth_and_place(config, layer)
+    rho, rho1, d, e = place(config, layer)
     middle = (config.head_dim - 1) / 2
     u = (torch.arange(config.hidden_size, dtype=torch.float64) % config.head_dim - middle) / max(middle, 0.5)
     zigzag, slope = u * u.abs(), e - 0.5
@@ -245,7 +171,7 @@ def initial_2025_05(config: RWKV7Config, layer: int) -> dict[str, Tensor]:
 
 def initial_2024(config: RWKV7Config, layer: int) -> dict[str, Tensor]:
     """Vectors of a block by name, RWKV-LM before 2025-05-06: what the published loss curve was made with."""
-    rho, rho1, d, e = _depth_and_place(config, layer)
+    rho, rho1, d, e = place(config, layer)
     vectors = {
         **{f"att.x_{name}": 1 - d ** (power * rho1) for name, power in zip("rwag", (0.2, 0.9, 0.9, 0.2))},
         "att.x_k": 1 - (d ** (0.9 * rho1) + 0.4 * rho),
@@ -259,13 +185,6 @@ def initial_2024(config: RWKV7Config, layer: int) -> dict[str, Tensor]:
         "ffn.x_k": 1 - d ** (rho1**4),
     }
     return vectors if layer else _without_value_residual(vectors)
-
-
-def _depth_and_place(config: RWKV7Config, layer: int) -> tuple[float, float, Tensor, Tensor]:
-    """ρ, ρ₁, d and e of the initialisation table; ρ is 0 for a model of one block."""
-    channels = torch.arange(config.hidden_size, dtype=torch.float64)
-    rho = layer / max(1, config.num_hidden_layers - 1)
-    return rho, 1 - layer / config.num_hidden_layers, channels / config.hidden_size, channels / (config.hidden_size - 1)
 
 
 def _without_value_residual(vectors: dict[str, Tensor]) -> dict[str, Tensor]:
