@@ -1,54 +1,141 @@
-"""WKV-7 beyond the contract that all operators share (test_contract.py)."""
+"""WKV-7 beyond the contract of all operators (test_contract.py): it is true that …"""
 
 import pytest
 import torch
+from support import contract
 
 from rookery.ops.dispatch import native_module
-from rookery.ops.wkv7 import native, reference
+from rookery.ops.wkv7 import OP, wkv7
+from rookery.ops.wkv7.cases import Case
 
-if isinstance(native_module(), str):
-    pytest.skip(native_module(), allow_module_level=True)
+needs_native = pytest.mark.skipif(isinstance(native_module(), str), reason=str(native_module()))
+PACKED = Case(batch=1, time=40, lengths=(0, 7, 33))
 
 
-def arguments(batch=2, time=21, heads=3, key=32, value=16, dtype=torch.float32, rows=None):
-    generator = torch.Generator().manual_seed(1)
+def arguments(case=Case(), dtype=torch.float32):  # noqa: B008 - a case is frozen
+    return contract.arguments_of("wkv7", case, dtype)
 
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    removal = torch.nn.functional.normalize(normal(batch, time, heads, key), dim=-1)
-    rate = torch.rand(batch, time, heads, key, generator=generator, dtype=torch.float64)
-    tensors = {
-        "r": normal(batch, time, heads, key),
-        "log_w": -0.6065 * torch.rand(batch, time, heads, key, generator=generator, dtype=torch.float64),
-        "k": 0.3 * normal(batch, time, heads, key),
-        "v": normal(batch, time, heads, value),
-        "a": -removal,
-        "b": removal * rate,
-        "state": normal(rows or batch, heads, value, key),
+def runnable(call):
+    return [name for name, backend in OP.backends.items() if backend.why_not(**call) is None]
+
+
+@pytest.mark.parametrize("cuts", [(1,), (16,), (17, 40), (0, 33, 64, 65, 99, 100)], ids=str)
+def test_a_cut_anywhere_with_the_state_carried_is_no_cut(cuts):
+    call = arguments(Case(time=100, heads=2, key=16, value=32))
+    for backend in runnable(call):
+        whole = contract.results(lambda backend=backend, **call: wkv7(backend=backend, **call), call)
+        pieces = contract.results(lambda backend=backend, **call: in_pieces(backend, cuts, **call), call)
+        contract.assert_within(pieces, whole, 1e-5, 3e-6)
+
+
+def in_pieces(backend, cuts, *, state, cu_seqlens, **tensors):
+    outputs = []
+    for begin, end in zip((0, *cuts), (*cuts, 100)):
+        piece = {name: x[:, begin:end] for name, x in tensors.items()}
+        y, state = wkv7(**piece, state=state, cu_seqlens=cu_seqlens, backend=backend)
+        outputs.append(y)
+    return torch.cat(outputs, dim=1), state
+
+
+def test_a_row_alone_is_the_row_in_the_batch():
+    call = arguments(Case(batch=3, time=33))
+    for backend in runnable(call):
+        y, state = wkv7(**call, backend=backend)
+        alone = {name: x[1:2] for name, x in contract.differentiable(call).items()}
+        got = dict(zip("ys", wkv7(**alone, backend=backend)))
+        contract.assert_within(got, {"y": y[1:2], "s": state[1:2]}, 1e-5, 1e-6)
+
+
+def test_gradients_flow_from_the_state_alone_and_from_the_outputs_alone():
+    call = arguments(Case(time=20))
+    for backend in runnable(call):
+        for which in (0, 1):
+            leaves = {name: x.clone().requires_grad_() for name, x in contract.differentiable(call).items()}
+            wkv7(**leaves, backend=backend)[which].sum().backward()
+            wide = {name: x.double().requires_grad_() for name, x in contract.differentiable(call).items()}
+            wkv7(**wide, backend="reference")[which].sum().backward()
+            got = {name: leaves[name].grad for name in leaves if leaves[name].grad is not None}
+            want = {name: wide[name].grad for name in got if wide[name].grad is not None}
+            none = {name: x for name, x in got.items() if name not in want}
+            contract.assert_within({name: got[name] for name in want}, want, 1e-5, 3e-6)
+            assert all(x.count_nonzero() == 0 for x in none.values()), f"{backend}: {list(none)} have gradients"
+
+
+def test_decay_to_nothing_forgets_and_what_is_not_a_number_stays_so():
+    call = arguments(Case(time=3))
+    call["log_w"][:, 1] = -float("inf")
+    call["log_w"][1, 2] = float("nan")
+    for backend in ("native", "reference"):
+        if backend in runnable(call):
+            y, state = wkv7(**call, backend=backend)
+            assert y[0].isfinite().all()
+            assert y[1, 2].isnan().all()
+            assert state[1].isnan().all()
+
+
+@needs_native
+@pytest.mark.parametrize("case", [Case(time=21), PACKED], ids=str)
+def test_torch_finds_nothing_wrong_with_the_custom_operator(case):
+    *tensors, cu_seqlens = arguments(case).values()
+    tensors = [x.requires_grad_() for x in tensors]
+    torch.library.opcheck(torch.ops.rookery.wkv7_native_forward.default, (*tensors, cu_seqlens, True, ""))
+
+
+@needs_native
+def test_a_compiled_graph_holds_the_operator_whole():
+    call = arguments()
+    leaves = {name: x.clone().requires_grad_() for name, x in contract.differentiable(call).items()}
+    compiled = torch.compile(lambda **call: wkv7(**call), fullgraph=True, backend="aot_eager")
+    y, state = compiled(**leaves)
+    (y.sum() + state.sum()).backward()
+    got = {"y": y.detach(), "state": state.detach(), "dr": leaves["r"].grad, "dstate": leaves["state"].grad}
+    again = {name: x.clone().requires_grad_() for name, x in contract.differentiable(call).items()}
+    y, state = wkv7(**again)
+    (y.sum() + state.sum()).backward()
+    want = {"y": y.detach(), "state": state.detach(), "dr": again["r"].grad, "dstate": again["state"].grad}
+    contract.assert_within(got, want, 0, 0)
+
+
+@needs_native
+def test_the_number_of_threads_changes_no_bit():
+    call = arguments(Case(time=40, heads=5))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = contract.results(OP.backends["native"].run, call)
+        torch.set_num_threads(2)
+        contract.assert_within(contract.results(OP.backends["native"].run, call), one, 0, 0)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_native
+def test_native_is_the_first_choice_and_says_why_it_cannot_run():
+    assert OP.pick(None, **arguments()).name == "native"
+    refusals = {
+        "value and key sizes are multiples of 16, these are 5 and 8": arguments(Case(key=8, value=5)),
+        "it takes float32, bfloat16, a tensor has torch.float64": arguments(dtype=torch.float64),
+        "it takes float32, a tensor has torch.bfloat16": arguments() | {"state": arguments()["state"].bfloat16()},
+        "it runs on the CPU, a tensor is on meta": {
+            name: x.to("meta") for name, x in contract.differentiable(arguments()).items()
+        },
     }
-    return {name: x.to(torch.float32 if name in ("log_w", "state") else dtype) for name, x in tensors.items()}
+    for reason, call in refusals.items():
+        assert OP.backends["native"].why_not(**call) == reason
 
 
-@pytest.mark.parametrize("isa", native_module().available_isas())
-@pytest.mark.parametrize(("key", "value"), [(64, 64), (32, 48), (16, 128), (128, 16)])
-def test_every_instruction_set_agrees_with_the_reference(isa, key, value):
-    call = arguments(key=key, value=value)
-    ours = {name: x.clone().requires_grad_() for name, x in call.items()}
-    theirs = {name: x.double().requires_grad_() for name, x in call.items()}
-    got, want = native.wkv7(**ours, isa=isa), reference.wkv7(**theirs)
-    weights = [torch.randn_like(x) for x in want]
-    grads = torch.autograd.grad(got, list(ours.values()), [x.float() for x in weights])
-    expected = torch.autograd.grad(want, list(theirs.values()), weights)
-    names = ["y", "last state", *("d" + name for name in call)]
-    for name, x, y in zip(names, [*got, *grads], [*want, *expected], strict=True):
-        error = (x - y).abs().max() / y.abs().max()
-        assert error < 2e-6, f"{name}: {error:.1e}"
+@needs_native
+@pytest.mark.parametrize("cuts", [[1, 40], [0, 39], [0, 30, 20, 40]], ids=str)
+def test_documents_that_are_not_the_row_are_refused(cuts):
+    call = arguments(PACKED) | {"cu_seqlens": torch.tensor(cuts)}
+    call["state"] = call["state"][: len(cuts) - 1]
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to 40 in a batch of 1; it is "):
+        wkv7(**call, backend="native")
 
 
-@pytest.mark.parametrize("cu_seqlens", [None, [0, 0, 7, 21]])
-def test_native_operator_passes_opcheck(cu_seqlens):
-    call = arguments(batch=1, rows=1 if cu_seqlens is None else 3)
-    tensors = [x.requires_grad_() for x in call.values()]
-    cuts = None if cu_seqlens is None else torch.tensor(cu_seqlens)
-    torch.library.opcheck(torch.ops.rookery.wkv7_native_forward.default, (*tensors, cuts, True, ""))
+def test_a_state_of_the_wrong_shape_is_refused_with_the_right_one():
+    call = arguments()
+    call["state"] = call["state"].mT
+    with pytest.raises(ValueError, match=r"state is \[2, 3, 32, 16\], expected \[rows, .*\] = \[2, 3, 16, 32\]"):
+        wkv7(**call)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rookery.errors import BackendUnavailable, unknown
@@ -50,19 +51,26 @@ class Op:
         return chosen
 
     def _announce(self, backend: Backend) -> None:
-        if backend.name not in self._announced:
+        # torch.compile traces this; a trace has no place for a log line
+        if not torch.compiler.is_compiling() and backend.name not in self._announced:
             self._announced.add(backend.name)
             log.info("%s runs on backend %r", self.name, backend.name)
 
 
-@cache
-def native_module() -> Any | str:
-    """The compiled module `rookery._native`, or the reason why there is none."""
+def _load_native() -> Any | str:
     try:
         from rookery import _native
     except ImportError as error:
         return f"the compiled module is missing ({error}); reinstall rookery on a machine with a C++20 compiler"
     return _native
+
+
+_NATIVE = _load_native()  # not functools.cache, which torch.compile warns about
+
+
+def native_module() -> Any | str:
+    """The compiled module `rookery._native`, or the reason why there is none."""
+    return _NATIVE
 
 
 def native_why_not(*tensors: Tensor | None, dtypes: tuple[Any, ...]) -> str | None:

@@ -20,9 +20,7 @@ def wkv7_inputs(
     k_k: Float[Tensor, " c"],
     k_a: Float[Tensor, " c"],
     head_dim: int,
-) -> tuple[
-    Float[Tensor, "b t h n"], Float[Tensor, "b t h n"], Float[Tensor, "b t h n"], Float[Tensor, "b t h n"]
-]:
+) -> tuple[Float[Tensor, "b t h n"], Float[Tensor, "b t h n"], Float[Tensor, "b t h n"], Float[Tensor, "b t h n"]]:
     dtype, wide = k.dtype, torch.promote_types(k.dtype, torch.float32)
     k, decay_logit, rate_logit, k_k, k_a = (x.to(wide) for x in (k, decay_logit, rate_logit, k_k, k_a))
     heads = (-1, head_dim)
