@@ -26,6 +26,7 @@ NB_MODULE(_native, m) {
   rookery::bind_cross_entropy(m);
   rookery::bind_relu_squared(m);
   rookery::bind_token_shift(m);
+  rookery::bind_tokenizer(m);
   rookery::bind_wkv7(m);
   rookery::bind_wkv7_inputs(m);
   rookery::bind_wkv7_output(m);

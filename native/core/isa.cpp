@@ -32,8 +32,9 @@ Isa find_isa(std::string_view wanted) {
   if (wanted.empty()) return isas.back();
   const auto match = std::ranges::find(isas, wanted, [](Isa isa) { return name(isa); });
   if (match != isas.end()) return *match;
-  std::string message = "no instruction set '" + std::string(wanted) + "' on this machine; it has:";
-  for (Isa isa : isas) message += " " + std::string(name(isa));
+  std::string message = "no instruction set '";
+  message.append(wanted).append("' on this machine; it has:");
+  for (Isa isa : isas) message.append(" ").append(name(isa));
   throw std::invalid_argument(message);
 }
 

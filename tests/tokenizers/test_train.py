@@ -3,7 +3,6 @@ from support.data import shared
 
 from rookery.tokenizers.reference import ReferenceTrie
 from rookery.tokenizers.train import (
-    byte_letters,
     characters_per_token,
     merge_order_pieces,
     train_vocabulary,
@@ -62,13 +61,6 @@ def test_written_vocabulary_reads_back(tmp_path):
     pieces = train_vocabulary(STORIES, 400)
     write_vocabulary(pieces, tmp_path / "vocab.txt")
     assert parse_vocabulary((tmp_path / "vocab.txt").read_bytes()) == dict(enumerate(pieces, start=1))
-
-
-def test_byte_letters_are_256_distinct_printable_letters():
-    letters = byte_letters()
-    assert sorted(letters.values()) == list(range(256))
-    assert (letters["A"], letters["Ġ"], letters["Ċ"]) == (65, 32, 10)
-    assert all(letter.isprintable() for letter in letters)
 
 
 @pytest.mark.data

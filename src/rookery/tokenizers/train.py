@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from rookery.errors import MissingDependency
+from rookery.tokenizers.byte_level import byte_letters
 from rookery.tokenizers.reference import ReferenceTrie
 from rookery.tokenizers.vocabulary import write_vocabulary
 
@@ -84,13 +85,6 @@ def _propose(texts: Iterable[str], count: int) -> tuple[list[bytes], Counter[byt
     letters = byte_letters()
     ranked = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
     return [bytes(letters[letter] for letter in piece) for piece, _ in ranked], words
-
-
-def byte_letters() -> dict[str, int]:
-    """The printable letter that stands for each byte in byte-level BPE files (GPT-2's table), letter to byte."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 class _Split:

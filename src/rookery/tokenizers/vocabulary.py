@@ -7,13 +7,13 @@ Ids increase; id 0 means end of text and is not in the file.
 
 import ast
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rookery.checkpoints.atomic import replacing
 from rookery.errors import BadTokenizer
 
-MAX_ID = (1 << 24) - 1
+MAX_ID = (1 << 23) - 1
 """Larger ids are taken for damage: every id below the largest costs memory."""
 MAX_PIECE = 65535
 """Longest piece in bytes."""
@@ -64,9 +64,9 @@ def _shorten(line: bytes) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def format_vocabulary(pieces: Iterable[bytes]) -> bytes:
-    """The text form of `pieces`, numbered from 1."""
-    return b"".join(_format_line(index, piece) for index, piece in enumerate(pieces, start=1))
+def format_vocabulary(pieces: Mapping[int, bytes]) -> bytes:
+    """The text form of pieces by id."""
+    return b"".join(_format_line(index, piece) for index, piece in pieces.items())
 
 
 def _format_line(index: int, piece: bytes) -> bytes:
@@ -77,9 +77,9 @@ def _format_line(index: int, piece: bytes) -> bytes:
     return f"{index} {literal} {len(piece)}\n".encode()
 
 
-def write_vocabulary(pieces: Sequence[bytes], path: str | os.PathLike[str]) -> None:
-    """Writes `pieces` as ids 1, 2, …; raises `BadTokenizer` where `parse_vocabulary` would not read them back."""
-    data = format_vocabulary(pieces)
+def write_vocabulary(pieces: Sequence[bytes] | Mapping[int, bytes], path: str | os.PathLike[str]) -> None:
+    """Writes pieces by id (a sequence: from 1); `BadTokenizer` where `parse_vocabulary` would not read them back."""
+    data = format_vocabulary(pieces if isinstance(pieces, Mapping) else dict(enumerate(pieces, start=1)))
     parse_vocabulary(data, name=Path(path).name)
     with replacing(path) as temporary:
         temporary.write_bytes(data)
