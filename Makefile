@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := torch
 
-.PHONY: help demo test lint budget clean
+.PHONY: help demo test lint docs budget clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -13,21 +13,26 @@ help: ## this list
 demo: $(VENV)/.built ## build everything and let the embedded model tell a story
 	$(BIN)/rookery generate --max-tokens 120 "Once upon a time"
 
-test: $(VENV)/.tested-tools ## everything that CI runs: style, import contracts, tests
+test: $(VENV)/.tested-tools ## everything that CI runs: style, import contracts, documentation, tests
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	$(BIN)/pytest -n 2
 
-lint: $(VENV)/.tested-tools ## style, formatting, types and import contracts
+lint: $(VENV)/.tested-tools ## fix style and formatting, check import contracts
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.tested-tools ## the documentation, built into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 budget: $(VENV)/.tested-tools ## seconds per test folder, import times, longest files
 	$(BIN)/python benchmarks/budget.py
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) build src/rookery/_native*.so
+	rm -rf $(VENV) build site src/rookery/_native*.so
 
 # the environment with the compiled module, remade when what it is made from changes
 NATIVE := CMakeLists.txt $(shell find native -name '*.cpp' -o -name '*.hpp')
@@ -43,5 +48,5 @@ $(VENV)/.built: $(BIN)/python pyproject.toml constraints.txt $(NATIVE)
 
 $(VENV)/.tested-tools: $(VENV)/.built
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[$(EXTRAS)]" \
-		pytest pytest-xdist hypothesis ruff import-linter
+		pytest pytest-xdist hypothesis ruff import-linter mkdocs-material
 	@touch $@
