@@ -45,7 +45,7 @@ def run(
     l2wrap: float,
     chunk: int | None,
 ) -> Tensor:
-    """The loss, with `rows` for the softmax of a chunk. Raises IndexError for targets that are not in the vocabulary."""
+    """The loss, with `rows` for the softmax of a chunk. Raises IndexError for targets outside the vocabulary."""
     vocabulary = weight.shape[0]
     # elsewhere the check would wait for the device, which checks by itself
     if targets.device.type == "cpu":
