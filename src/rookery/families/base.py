@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rookery.errors import BadCheckpoint
 from rookery.families.layout import Layout
 
 Kind = Literal["language", "image", "pair", "diffusion", "series"]
@@ -49,3 +50,25 @@ def recurrent_nbytes(config: Any, *, batch: int, itemsize: int) -> int:
     """Bytes of an RWKV state: two shift vectors and one recurrent state a block, the latter in float32 at least."""
     wkv = math.prod(config.wkv_shape) * max(4, itemsize)
     return config.num_hidden_layers * batch * (2 * config.hidden_size * itemsize + wkv)
+
+
+def sizes_from(shapes: Shapes, family: str) -> tuple[int, int, int]:
+    """Vocabulary, width and number of blocks of an RWKV checkpoint; BadCheckpoint without embedding or blocks."""
+    if "emb.weight" not in shapes:
+        raise BadCheckpoint(f"not a whole {family} checkpoint: 'emb.weight' is missing")
+    vocab_size, hidden_size = shapes["emb.weight"]
+    layers = 1 + max((int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")), default=-1)
+    if layers == 0:
+        raise BadCheckpoint(f"not a whole {family} checkpoint: it has no tensor whose name starts with 'blocks.'")
+    return vocab_size, hidden_size, layers
+
+
+def skeleton_shapes(config: Any, block: Callable[[int], dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+    """Tensors of an RWKV model in the official order; `block(i)` gives those of the two mixers, as "att.key.weight"."""
+    width, vocab = config.hidden_size, config.vocab_size
+    shapes: dict[str, tuple[int, ...]] = {"emb.weight": (vocab, width)}
+    for i in range(config.num_hidden_layers):
+        norms = ("ln0", "ln1", "ln2") if i == 0 else ("ln1", "ln2")
+        shapes |= {f"blocks.{i}.{norm}.{part}": (width,) for norm in norms for part in ("weight", "bias")}
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block(i).items()}
+    return shapes | {"ln_out.weight": (width,), "ln_out.bias": (width,), "head.weight": (vocab, width)}

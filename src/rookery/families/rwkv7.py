@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rookery.errors import BadCheckpoint
-from rookery.families.base import Family, Shapes, recurrent_nbytes
+from rookery.families.base import Family, Shapes, recurrent_nbytes, sizes_from, skeleton_shapes
 from rookery.families.layout import Layout, Rule
 
 
@@ -70,28 +70,23 @@ def create(*, hidden_size: int = 768, **given) -> RWKV7Config:
 
 
 def tensor_shapes(config: RWKV7Config) -> dict[str, tuple[int, ...]]:
-    width, ffn, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    width, ffn = config.hidden_size, config.intermediate_size
     vector, matrix = (1, 1, width), (width, width)
     ranks = {"w": config.decay_rank, "a": config.rate_rank, "v": config.value_rank, "g": config.gate_rank}
-    shapes: dict[str, tuple[int, ...]] = {"emb.weight": (vocab, width)}
-    for i in range(config.num_hidden_layers):
-        at = f"blocks.{i}."
-        norms = ("ln0", "ln1", "ln2") if i == 0 else ("ln1", "ln2")
-        shapes |= {f"{at}{norm}.{part}": (width,) for norm in norms for part in ("weight", "bias")}
-        shapes |= {f"{at}att.x_{name}": vector for name in "rwkvag"}
+
+    def block(i: int) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {f"att.x_{name}": vector for name in "rwkvag"}
         for name in "wavg" if i else "wag":
-            shapes[f"{at}att.{name}1"] = (width, ranks[name])
-            shapes[f"{at}att.{name}2"] = (ranks[name], width)
+            shapes[f"att.{name}1"] = (width, ranks[name])
+            shapes[f"att.{name}2"] = (ranks[name], width)
             if name != "g":
-                shapes[f"{at}att.{name}0"] = vector
-        shapes |= {f"{at}att.k_k": vector, f"{at}att.k_a": vector}
-        shapes[f"{at}att.r_k"] = (config.num_heads, config.head_dim)
-        shapes |= {f"{at}att.{name}.weight": matrix for name in ("receptance", "key", "value", "output")}
-        shapes |= {f"{at}att.ln_x.weight": (width,), f"{at}att.ln_x.bias": (width,)}
-        shapes[f"{at}ffn.x_k"] = vector
-        shapes |= {f"{at}ffn.key.weight": (ffn, width), f"{at}ffn.value.weight": (width, ffn)}
-    shapes |= {"ln_out.weight": (width,), "ln_out.bias": (width,), "head.weight": (vocab, width)}
-    return shapes
+                shapes[f"att.{name}0"] = vector
+        shapes |= {"att.k_k": vector, "att.k_a": vector, "att.r_k": (config.num_heads, config.head_dim)}
+        shapes |= {f"att.{name}.weight": matrix for name in ("receptance", "key", "value", "output")}
+        shapes |= {"att.ln_x.weight": (width,), "att.ln_x.bias": (width,), "ffn.x_k": vector}
+        return shapes | {"ffn.key.weight": (ffn, width), "ffn.value.weight": (width, ffn)}
+
+    return skeleton_shapes(config, block)
 
 
 def recognise(shapes: Shapes) -> bool:
@@ -102,9 +97,8 @@ def recognise(shapes: Shapes) -> bool:
 
 def config_from_shapes(shapes: Shapes) -> RWKV7Config:
     """Sizes from the tensors alone."""
+    vocab_size, hidden_size, layers = sizes_from(shapes, "RWKV-7")
     try:
-        vocab_size, hidden_size = shapes["emb.weight"]
-        layers = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
         heads, head_dim = shapes["blocks.0.att.r_k"]
         sizes = {
             "intermediate_size": shapes["blocks.0.ffn.key.weight"][0],

@@ -1,0 +1,106 @@
+"""RWKV-4 (arXiv 2305.13048): sizes, official tensor names, presets. Code: BlinkDL/RWKV-LM, RWKV-v4neo."""
+
+from dataclasses import dataclass
+
+from rookery.errors import BadCheckpoint
+from rookery.families.base import Family, Shapes, recurrent_nbytes, sizes_from, skeleton_shapes
+from rookery.families.layout import Layout, Rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class RWKV4Config:
+    """Sizes of one RWKV-4 model."""
+
+    vocab_size: int = 50277
+    """Tokens in the vocabulary, padding included."""
+    hidden_size: int = 768
+    """Width of the residual stream."""
+    num_hidden_layers: int = 12
+    """Blocks."""
+    intermediate_size: int = 3072
+    """Hidden units of the channel mix."""
+    layer_norm_eps: float = 1e-5
+    """Epsilon of every layer norm."""
+
+    @property
+    def wkv_shape(self) -> tuple[int, int]:
+        """One block's recurrent state of one row: two sums and their exponent, per channel."""
+        return 3, self.hidden_size
+
+    def state_nbytes(self, *, tokens_seen: int, batch: int, itemsize: int) -> int:
+        """Bytes of the recurrent state: the same after any number of tokens; `itemsize` bytes a shift number."""
+        return recurrent_nbytes(self, batch=batch, itemsize=itemsize)
+
+
+def create(*, hidden_size: int = 768, **given) -> RWKV4Config:
+    """A config whose channel mix is four times as wide as the model unless given."""
+    return RWKV4Config(hidden_size=hidden_size, **{"intermediate_size": 4 * hidden_size, **given})
+
+
+def tensor_shapes(config: RWKV4Config) -> dict[str, tuple[int, ...]]:
+    width, ffn = config.hidden_size, config.intermediate_size
+    mixers: dict[str, tuple[int, ...]] = {
+        "att.time_decay": (width,),
+        "att.time_first": (width,),
+        **{f"att.time_mix_{name}": (1, 1, width) for name in "kvr"},
+        **{f"att.{name}.weight": (width, width) for name in ("key", "value", "receptance", "output")},
+        **{f"ffn.time_mix_{name}": (1, 1, width) for name in "kr"},
+        "ffn.key.weight": (ffn, width),
+        "ffn.receptance.weight": (width, width),
+        "ffn.value.weight": (width, ffn),
+    }
+    return skeleton_shapes(config, lambda layer: mixers)
+
+
+def recognise(shapes: Shapes) -> bool:
+    return "blocks.0.att.time_mix_k" in shapes and "blocks.0.att.ln_x.weight" not in shapes
+
+
+def config_from_shapes(shapes: Shapes) -> RWKV4Config:
+    """Sizes from the tensors alone."""
+    vocab_size, hidden_size, layers = sizes_from(shapes, "RWKV-4")
+    if "blocks.0.ffn.key.weight" not in shapes:
+        raise BadCheckpoint("not a whole RWKV-4 checkpoint: 'blocks.0.ffn.key.weight' is missing")
+    return RWKV4Config(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=layers,
+        intermediate_size=shapes["blocks.0.ffn.key.weight"][0],
+    )
+
+
+GGMF = Layout(rules=(Rule("blocks.{layer}.att.time_decay", "blocks.{layer}.att.time_decay", ("negative_exp",)),))
+"""rwkv.cpp (core.md 2.4)."""
+
+
+def _size(layers: int, width: int, vocab_size: int = 50277) -> RWKV4Config:
+    return create(hidden_size=width, num_hidden_layers=layers, vocab_size=vocab_size)
+
+
+PRESETS = {
+    "169m": _size(12, 768),
+    "430m": _size(24, 1024),
+    "1.5b": _size(24, 2048),
+    "3b": _size(32, 2560),
+    "7b": _size(32, 4096),
+    "14b": _size(40, 5120),
+    "world-0.1b": _size(12, 768, 65536),
+    "world-0.4b": _size(24, 1024, 65536),
+    "world-1.5b": _size(24, 2048, 65536),
+    "world-3b": _size(32, 2560, 65536),
+    "world-7b": _size(32, 4096, 65536),
+    "test": RWKV4Config(vocab_size=64, hidden_size=32, num_hidden_layers=3, intermediate_size=96),
+}
+
+FAMILY = Family(
+    name="rwkv4",
+    kind="language",
+    config=RWKV4Config,
+    builder="rookery.models.rwkv4:RWKV4",
+    presets=PRESETS,
+    create=create,
+    recognise=recognise,
+    config_from_shapes=config_from_shapes,
+    tensor_shapes=tensor_shapes,
+    layouts={"ggmf": GGMF},
+)
