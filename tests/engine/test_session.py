@@ -82,11 +82,17 @@ def test_a_character_may_lie_across_two_calls():
     assert branch.generate(1, temperature=0) == "😀"
 
 
-def test_flush_shows_a_character_that_will_not_be_finished():
+def test_an_unfinished_character_can_be_shown():
     session = fed(b"\xf0\x9f", b"\x98\x80")
-    session.generate(1, temperature=0)
-    assert session.flush() == "\N{REPLACEMENT CHARACTER}"
-    assert session.flush() == ""
+    stream = session.stream(1, 0)
+    assert list(stream) == []
+    assert stream.unfinished() == "\N{REPLACEMENT CHARACTER}"
+    stream = session.stream(1, 0)
+    assert (list(stream), stream.unfinished()) == (["😀"], "")
+
+
+def test_generate_ends_with_a_replacement_inside_a_character():
+    assert llm("a", b"\xf0\x9f").generate(PROMPT, 2, temperature=0) == "a\N{REPLACEMENT CHARACTER}"
 
 
 def test_bytes_that_are_no_character_become_replacements():

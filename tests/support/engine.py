@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from rookery.engine.llm import LLM
+from rookery.tokenizers.base import StreamDecoder
 
 
 class Pieces:
@@ -24,6 +25,12 @@ class Pieces:
 
     def token_bytes(self, token):
         return self.pieces[token]
+
+    def decode_bytes(self, tokens):
+        return b"".join(self.pieces[token] for token in tokens)
+
+    def stream(self):
+        return StreamDecoder(self)
 
 
 class Read:
@@ -76,4 +83,4 @@ def scripted(prompt, said, pieces):
     """An LLM that follows the ids `prompt` with the pieces `said` (strings or bytes of `pieces`), then ends."""
     tokenizer = Pieces(pieces)
     ids = [tokenizer.pieces.index(piece.encode() if isinstance(piece, str) else piece) for piece in said]
-    return LLM.from_runner(Scripted([*prompt, *ids, 0], len(tokenizer.pieces)), tokenizer)
+    return LLM.from_runner(Scripted([*prompt, *ids, 0], len(tokenizer.pieces)), tokenizer=tokenizer)

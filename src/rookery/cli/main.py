@@ -13,7 +13,6 @@ from collections.abc import Sequence
 VERBS = {
     "generate": "continue a text",
     "chat": "talk to a model that was trained to",
-    "inspect": "say what a model file is",
     "models": "list the models that can be made by name",
     "tokenize": "show or count the tokens of a text",
     "doctor": "what works on this machine, and why the rest does not",
@@ -62,7 +61,10 @@ def _dispatch(argv: list[str]) -> int:
 def _run(verb: str, argv: list[str]) -> int:
     module = importlib.import_module(f"rookery.cli.{verb}")
     parser = argparse.ArgumentParser(
-        prog=f"rookery {verb}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"rookery {verb}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # an abbreviation that works today would forbid a new option tomorrow
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     module.add_arguments(parser)

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rookery.engine.session import CHUNK, END_OF_TEXT, Session
-from rookery.errors import BadCheckpoint, MissingDependency, UnknownName
+from rookery.errors import BackendUnavailable, BadCheckpoint, MissingDependency, UnknownName
 
 if TYPE_CHECKING:
     from rookery.checkpoints.checkpoint import Checkpoint
     from rookery.engine.runners.protocol import Runner
     from rookery.tokenizers import Tokenizer
+    from rookery.tokenizers.chat import ChatTemplate
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "embedded"
 """Folder of the model that comes with the package."""
@@ -30,7 +31,8 @@ class LLM:
 
     `path` is a model file or folder of any format that `open_checkpoint` reads; weights keep the file's precision.
     `threads` is for the CPU. `device` ("cpu", "cuda", …) says where the model runs. `tokenizer` is a tokenizer, or the
-    name or file of one; left out, it is found when text is first needed.
+    name or file of one; left out, it is found when text is first needed. `template` names the form of a conversation
+    that the model was trained on ("g1", "world", "raven"), where its file name does not tell.
     Raises BadCheckpoint for what is no model, or MissingDependency for what cannot run here.
     """
 
@@ -40,38 +42,71 @@ class LLM:
         *,
         quantize: str | None = None,
         threads: int | None = None,
+        isa: str | None = None,
         device: str | None = None,
         tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
+        template: str | None = None,
     ) -> None:
         if quantize is not None and quantize not in FORMATS:
             supported = ", ".join(map(repr, FORMATS)) or "None, which keeps the precision of the file"
             raise UnknownName(f"quantize={quantize!r} is not supported; supported: {supported}")
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be 1 or more, got {threads}; leave it out to use every core")
-        self.path = Path(EMBEDDED if path is None else path)
-        """The model's file or folder."""
-        if path is None and not self.path.is_dir():
-            raise BadCheckpoint(
-                "this installation of rookery has no embedded model; give the path of a model file (--model PATH)"
-            )
-        self._tokenizer = tokenizer
-        self.runner = _runner(self.path, threads, device)
+        from rookery.checkpoints.checkpoint import open_checkpoint
+
+        checkpoint = open_checkpoint(model_path(path))
+        self._set(_runner(checkpoint, threads, isa, device), checkpoint, tokenizer, template)
 
     @classmethod
-    def from_runner(cls, runner: Runner, tokenizer: str | os.PathLike[str] | Tokenizer | None = None) -> LLM:
+    def from_runner(
+        cls,
+        runner: Runner,
+        *,
+        tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
+        template: str | None = None,
+    ) -> LLM:
         """An LLM on a model that is loaded already, as `TorchRunner(model)` holds one."""
         llm = cls.__new__(cls)
-        llm.path, llm._tokenizer, llm.runner = None, tokenizer, runner
+        llm._set(runner, None, tokenizer, template)
         return llm
+
+    def _set(
+        self,
+        runner: Runner,
+        checkpoint: Checkpoint | None,
+        tokenizer: str | os.PathLike[str] | Tokenizer | None,
+        template: str | None,
+    ) -> None:
+        self.runner = runner
+        """What runs the model; its `config` says the sizes."""
+        self.path = Path(checkpoint.path) if checkpoint else None
+        """The model's file or folder, if it came from one."""
+        self._metadata = checkpoint.metadata if checkpoint else {}
+        self._tokenizer, self._template = tokenizer, template
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer; BadTokenizer where none can be found."""
-        if hasattr(self._tokenizer, "encode"):
+        if self._tokenizer is not None and not isinstance(self._tokenizer, str | os.PathLike):
             return self._tokenizer
         from rookery.tokenizers import resolve
 
-        return resolve(self._tokenizer, path=self.path, vocab_size=self.runner.config.vocab_size)
+        vocab_size = self.runner.config.vocab_size
+        return resolve(self._tokenizer, path=self.path, vocab_size=vocab_size, metadata=self._metadata)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The form of a conversation; ValueError for a model that was not trained on a known one."""
+        from rookery.tokenizers.chat import TEMPLATES, get_template, template_of_model
+
+        name = self._template or template_of_model(self.path.name if self.path else "")
+        if name is None:
+            which = f"the model {self.path.name!r}" if self.path else "this model"
+            raise ValueError(
+                f"no chat template is known for {which}: use `generate` to continue a text, or, for a model that was "
+                f"trained to converse, name its template with template= or --template: {', '.join(TEMPLATES)}"
+            )
+        return get_template(name)
 
     def generate(
         self,
@@ -102,7 +137,7 @@ class LLM:
 
         def text() -> Iterator[str]:
             yield from pieces
-            if rest := session.flush():
+            if rest := pieces.unfinished():
                 yield rest
 
         return text()
@@ -132,13 +167,24 @@ class LLM:
         return ids
 
 
-def _runner(path: Path, threads: int | None, device: str | None) -> Runner:
-    """The model at `path`."""
-    from rookery.checkpoints.checkpoint import open_checkpoint
+def model_path(path: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
+    """`path`, or where the embedded model is; BadCheckpoint where there is none."""
+    if path is not None:
+        return path
+    if not EMBEDDED.is_dir():
+        raise BadCheckpoint(
+            "this installation of rookery has no embedded model; give the path of a model file (--model PATH)"
+        )
+    return EMBEDDED
 
-    checkpoint = open_checkpoint(path)
+
+def _runner(checkpoint: Checkpoint, threads: int | None, isa: str | None, device: str | None) -> Runner:
     if checkpoint.family.kind != "language":
-        raise BadCheckpoint(f"{checkpoint.path!r} is a {checkpoint.family.kind} model; LLM runs language models")
+        raise BadCheckpoint(
+            f"{checkpoint.path!r} is a model of kind {checkpoint.family.kind!r}; LLM runs language models"
+        )
+    if isa is not None:
+        raise BackendUnavailable(f"isa={isa!r} is for the compiled runtime; leave it out to run with torch")
     return _torch_runner(checkpoint, threads, device or "cpu", "the model is to run with torch")
 
 

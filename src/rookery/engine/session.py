@@ -8,10 +8,9 @@ public method counts it as read.
 
 from __future__ import annotations
 
-import codecs
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -28,6 +27,8 @@ END_OF_TEXT = 0
 """The token that ends a text in every RWKV vocabulary."""
 CHUNK = 512
 """Tokens of a prompt that are read in one call: bounds memory, and lets an interruption through."""
+RECENT = 8
+"""Tokens that a decoder needs to go on; a character has at most four bytes, and few tokens have none."""
 
 
 @dataclass
@@ -38,14 +39,19 @@ class Position:
     """What the model remembers; advanced in place."""
     logits: np.ndarray | None = None
     """float32 [vocab], what follows the last token of `state`; None where nothing was read, or its logits are lost."""
-    unread: list[int] = field(default_factory=list)
+    unread: tuple[int, ...] = ()
     """Tokens that belong to the text and are not in `state` yet."""
-    unfinished: bytes = b""
-    """The first bytes of a character whose others have not come."""
+    recent: tuple[int, ...] = ()
+    """The last tokens of the text: enough for a decoder to go on in the middle of a character or a word."""
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Lengthens the text."""
+        self.unread += tuple(tokens)
+        self.recent = (self.recent + tuple(tokens))[-RECENT:]
 
     def copy(self) -> Position:
         """An independent copy; logits are never written to and may be shared."""
-        return replace(self, state=self.state.copy(), unread=list(self.unread))
+        return replace(self, state=self.state.copy())
 
 
 class Session:
@@ -59,7 +65,7 @@ class Session:
     @property
     def tokens_seen(self) -> int:
         """Tokens whose effect is in the state."""
-        self._read()
+        self._read(self._at)
         return self._at.state.tokens_seen
 
     @property
@@ -71,8 +77,8 @@ class Session:
         """Reads text, or token ids; the state is up to date on return. Ends a stream that is still open."""
         tokens = self.llm.tokens_of(text_or_ids)
         self._end_stream()
-        self._read(tokens)
-        self._at.unfinished = b""
+        self._at.add(tokens)
+        self._read(self._at)
 
     def stream(
         self,
@@ -111,11 +117,38 @@ class Session:
         """The pieces of `stream` in one string; the options are the same."""
         return "".join(self.stream(max_tokens, **options))
 
-    def flush(self) -> str:
-        """For the end of a text: U+FFFD if it stops inside a character (whose bytes are then forgotten), or nothing."""
-        text = self._at.unfinished.decode("utf-8", "replace")
-        self._at.unfinished = b""
-        return text
+    def say(self, text: str, max_tokens: int = 1024, **options: Any) -> str:
+        """What the model answers; the options are those of `reply`. For models that were trained to converse."""
+        return "".join(self.reply(text, max_tokens, **options)).strip()
+
+    def reply(
+        self,
+        text: str,
+        max_tokens: int = 1024,
+        *,
+        system: str | None = None,
+        think: str | bool | None = None,
+        **options: Any,
+    ) -> TextStream:
+        """The model's answer to a user's turn, as a stream; it begins with the space after "Assistant:".
+
+        `system` says how to behave, before the turn; `think` is one of the template's ways to think. The other options
+        are those of `stream`; the template's stop strings are added to `stop`. ValueError for a model without a chat
+        template.
+        """
+        from rookery.tokenizers.chat import END_OF_TURN, render
+
+        template = self.llm.template
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": text})
+        stop = options.pop("stop", ())
+        stops = (*((stop,) if isinstance(stop, str) else stop), *template.stops)
+        if self.tokens_seen:
+            prompt = END_OF_TURN + render(messages, replace(template, opening=()), think)
+        else:
+            prompt = render(messages, template, think)
+        self.feed(prompt)
+        return self.stream(max_tokens, stop=stops, **options)
 
     def fork(self) -> Session:
         """An independent session that stands where this one does."""
@@ -127,8 +160,8 @@ class Session:
         Beside the state the file holds the logits that follow it, so that going on reads no token twice.
         """
         at = self._shown()
-        self._read_into(at, [])
-        extra = {"unfinished": np.frombuffer(at.unfinished, np.uint8)}
+        self._read(at)
+        extra = {"recent": np.array(at.recent, np.int64)}
         if at.logits is not None:
             extra["logits"] = at.logits[None]
         tensors = at.state.tensors() | {SESSION_PREFIX + name: array for name, array in extra.items()}
@@ -140,9 +173,9 @@ class Session:
         arrays = read_state(path, model=llm.runner.fingerprint())
         extra = {name: arrays.pop(name) for name in list(arrays) if name.startswith(SESSION_PREFIX)}
         logits = extra.get(SESSION_PREFIX + "logits")
-        unfinished = extra.get(SESSION_PREFIX + "unfinished", np.empty(0, np.uint8))
+        recent = extra.get(SESSION_PREFIX + "recent", np.empty(0, np.int64))
         state = llm.runner.init_state(arrays)
-        return cls(llm, Position(state, None if logits is None else logits[0], [], unfinished.tobytes()))
+        return cls(llm, Position(state, None if logits is None else logits[0], recent=tuple(recent.tolist())))
 
     def _token_stream(
         self, max_tokens: int, temperature: float, seed: int | None, ignore_eos: bool, sampling: dict[str, Any]
@@ -152,7 +185,7 @@ class Session:
         how = Sampling(temperature=temperature, **sampling)
         self.llm.tokens_of(how.banned)
         self._end_stream()
-        self._read()
+        self._read(self._at)
         if self._at.logits is None:
             raise ValueError(
                 "there is nothing to go on from: feed a prompt first, or token 0 (bos=True, --bos) for a text from "
@@ -173,11 +206,9 @@ class Session:
         """Where the session stands with what was shown, which an open stream may be ahead of."""
         return self._at if self._stream is None else self._stream.shown()
 
-    def _read(self, tokens: Sequence[int] = ()) -> None:
-        self._read_into(self._at, tokens)
-
-    def _read_into(self, at: Position, tokens: Sequence[int]) -> None:
-        tokens, at.unread = [*at.unread, *tokens], []
+    def _read(self, at: Position) -> None:
+        """Brings the state and the logits up to the end of the text."""
+        tokens, at.unread = at.unread, ()
         if not tokens:
             return
         at.logits = None  # an interruption must not leave those of an earlier token
@@ -209,14 +240,14 @@ class TokenStream:
             self.finish_reason = "length"
         if self.finish_reason is not None:
             raise StopIteration
-        self.session._read()
+        self.session._read(self.session._at)
         token = self._sampler.next(self.session._at.logits)
         if token in self._ends:
             self.finish_reason = "end"
             raise StopIteration
         self._sampler.accept(token)
         self.tokens.append(token)
-        self.session._at.unread.append(token)
+        self.session._at.add([token])
         return token
 
     def close(self) -> None:
@@ -233,7 +264,9 @@ class TextStream:
     def __init__(self, source: TokenStream, stops: StopStrings) -> None:
         self._source, self._stops = source, stops
         self.session = source.session
-        self._tokenizer = source.session.llm.tokenizer
+        self._tokenizer = self.session.llm.tokenizer
+        self._decoder = self._tokenizer.stream()
+        self._decoder.push(*self.session._at.recent)
         # where the session stood when all its text had been shown, and what was shown of the tokens since; None while
         # nothing is held back
         self._mark: Position | None = None
@@ -274,37 +307,33 @@ class TextStream:
         if self._mark is None:
             return self.session._at
         at = self._mark.copy()
-        at.unread = self._tokenizer.encode(self._since)
+        at.add(self._tokenizer.encode(self._since))
         return at
+
+    def unfinished(self) -> str:
+        """U+FFFD where the text so far ends inside a character, which a later stream may finish; else nothing."""
+        return self._decoder.copy().finish()
 
     def _advance(self) -> str:
         """Samples one token; the text that may be shown now."""
-        at = self.session._at
+        clean = not self._decoder.pending
         token = next(self._source, None)
         if token is None:
             self._mark = None  # what was held back belongs to the text after all
             return self._stops.flush()
-        before = at.unfinished
-        text = self._decode(token)
-        text, stopped = self._stops.push(text)
+        text, stopped = self._stops.push(self._decoder.push(token))
         if self._stops.stops:
-            behind = stopped or self._stops.held or at.unfinished
-            if behind and self._mark is None and not before:
+            behind = stopped or self._stops.held or self._decoder.pending
+            if behind and self._mark is None and clean:
                 # the token is not in the state yet: this is the last moment to keep the state without it
-                self._mark, self._since = Position(at.state.copy(), at.logits), ""
+                at = self.session._at
+                self._mark, self._since = Position(at.state.copy(), at.logits, recent=at.recent[:-1]), ""
             self._since += text
             if not behind:
                 self._mark = None
         if stopped:
             self._source.finish_reason = "stop"
             self._return_to_shown()
-        return text
-
-    def _decode(self, token: int) -> str:
-        at = self.session._at
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        text = decoder.decode(at.unfinished + self._tokenizer.token_bytes(token))
-        at.unfinished = decoder.getstate()[0]
         return text
 
     def _return_to_shown(self) -> None:

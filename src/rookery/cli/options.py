@@ -1,0 +1,95 @@
+"""Options that several verbs share, and what they become in the library."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rookery.engine.llm import LLM
+
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "penalty_decay")
+"""Options that `Sampling` takes under the same name; what is not given keeps the default there."""
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which model, and what it runs on."""
+    group = parser.add_argument_group("model")
+    group.add_argument("-m", "--model", metavar="PATH", help="model file or folder (the embedded model)")
+    group.add_argument("--tokenizer", metavar="NAME", help="world, 20b, bytes, or a vocabulary file (found by itself)")
+    group.add_argument("--quantize", metavar="TYPE", help="smaller weights (the file's precision)")
+    group.add_argument("--threads", type=int, metavar="N", help="threads (every core that this process may use)")
+    group.add_argument("--isa", metavar="NAME", help="force an instruction set, as avx2; `rookery doctor` lists them")
+    group.add_argument("--device", metavar="NAME", help="run with torch on this device, as cuda")
+
+
+def add_sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    """How the text goes on and where it ends."""
+    group = parser.add_argument_group("text")
+    group.add_argument("-n", "--max-tokens", type=int, default=max_tokens, metavar="N", help=f"at most ({max_tokens})")
+    group.add_argument("-t", "--temperature", type=float, metavar="T", help="0: always the likeliest token (1.0)")
+    group.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest of so much (0.5)")
+    group.add_argument("--top-k", type=int, metavar="K", help="choose among so many at most (0: all)")
+    group.add_argument("--min-p", type=float, metavar="P", help="drop what is below this share of the best (0)")
+    group.add_argument("--presence-penalty", type=float, metavar="X", help="against tokens that have occurred (0)")
+    group.add_argument("--frequency-penalty", type=float, metavar="X", help="the same for each time (0)")
+    group.add_argument("--penalty-decay", type=float, metavar="X", help="how slowly occurrences are forgotten (0.996)")
+    group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text (a new one each time)")
+    group.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help=r"end before this text (\n: line end); repeatable",
+    )
+    group.add_argument("--ignore-eos", action="store_true", help="go on after the token that ends a text")
+
+
+def add_state(parser: argparse.ArgumentParser) -> None:
+    """Conversations in files."""
+    group = parser.add_argument_group("state")
+    group.add_argument("--state", metavar="FILE", help="go on from a saved state")
+    group.add_argument("--save-state", metavar="FILE", help="save the state at the end")
+
+
+def load_llm(args: argparse.Namespace, template: str | None = None) -> LLM:
+    """The model that the options name."""
+    from rookery.engine.llm import LLM
+
+    return LLM(
+        args.model,
+        quantize=args.quantize,
+        threads=args.threads,
+        isa=args.isa,
+        device=args.device,
+        tokenizer=args.tokenizer,
+        template=template,
+    )
+
+
+def text_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments for `Session.stream`."""
+    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    stops = [stop.replace(r"\n", "\n").replace(r"\t", "\t") for stop in args.stop]
+    return given | {"max_tokens": args.max_tokens, "seed": args.seed, "ignore_eos": args.ignore_eos, "stop": stops}
+
+
+def read_stdin() -> str:
+    """All of stdin as text, without the line end that `echo` adds."""
+    data = sys.stdin.buffer.read()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"what came on stdin is not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x})"
+        ) from None
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def show(text: str) -> None:
+    """Writes a piece of a result at once; what the terminal cannot show becomes a question mark."""
+    stream = sys.stdout
+    encoding = stream.encoding or "utf-8"
+    stream.write(text.encode(encoding, "replace").decode(encoding))
+    stream.flush()

@@ -1,0 +1,33 @@
+import json
+
+from rookery.cli.doctor import examine
+from rookery.ops.wkv7 import OP
+
+
+def test_operators_and_their_backends_are_told(cli):
+    code, out, _ = cli("doctor")
+    assert code == 0
+    assert "wkv7 on cpu" in out
+    told = json.loads(cli("doctor", "--json")[1])
+    assert list(told["operators"]["wkv7"]["cpu"]) == list(OP.backends)
+    assert told["operators"]["wkv7"]["cpu"]["reference"] is None
+
+
+def test_a_backend_that_cannot_run_says_why(monkeypatch, cli):
+    monkeypatch.setattr("rookery.ops.dispatch._NATIVE", "the compiled module is missing (reason)")
+    assert examine()["operators"]["wkv7"]["cpu"]["native"] == "the compiled module is missing (reason)"
+    assert "native     the compiled module is missing (reason)" in cli("doctor")[1]
+
+
+def test_what_is_not_installed_is_told(monkeypatch, cli):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "rookery._native", None)
+    monkeypatch.setattr("rookery._native", None, raising=False)
+    monkeypatch.delattr("rookery._native")
+    code, out, _ = cli("doctor")
+    assert code == 0
+    assert "torch           not installed: training" in out
+    assert "native          missing (" in out
+    assert "operators" not in out
