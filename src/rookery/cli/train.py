@@ -1,0 +1,35 @@
+"""`rookery train`: run or continue a recipe."""
+
+import argparse
+import sys
+from pathlib import Path
+
+HELP = "train a model from a recipe"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="name of a recipe, or a TOML file whose first key may be `recipe = NAME`")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting: optim.lr=1e-3")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved run and its size, then stop")
+
+
+def run(given: argparse.Namespace) -> int:
+    from rookery.recipes import recipe
+    from rookery.train.config import describe, overlay, parse_settings, read_toml
+
+    values = {}
+    name = given.recipe
+    if name.endswith(".toml"):
+        values = read_toml(Path(name))
+        name = values.pop("recipe", "tiny-test")
+    config = overlay(overlay(recipe(name), values), parse_settings(given.set))
+    if given.dry_run:
+        print(describe(config))
+        return 0
+    from rookery.train.loop import train
+
+    result = train(config)
+    if result.signal is not None:
+        print(f"stopped at step {result.step}; the same command continues", file=sys.stderr)
+        return 128 + result.signal
+    return 0

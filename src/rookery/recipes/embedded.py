@@ -1,0 +1,24 @@
+"""The model that ships with the package: 4 M parameters that write simple English."""
+
+from rookery.train.config import DataConfig, OptimConfig, TrainConfig
+
+
+def embedded() -> TrainConfig:
+    """Four blocks of width 256 over 2,048 pieces; text and vocabulary are made by examples/embedded_model."""
+    return TrainConfig(
+        model="rwkv7",
+        overrides={"hidden_size": 256, "num_hidden_layers": 4},
+        data=DataConfig(
+            path="out/embedded/stories.jsonl",
+            validation="out/embedded/held-out.jsonl",
+            tokenizer="out/embedded/vocab.txt",
+            sequence_length=512,
+        ),
+        optim=OptimConfig(lr=2e-3, final_lr=1e-5, schedule="wsd", decay_share=0.3, warmup_steps=100, weight_decay=0.1),
+        out="out/embedded/run",
+        steps=6000,
+        batch_size=16,
+        dtype="bfloat16",
+        save_every=100,
+        validate_every=200,
+    )

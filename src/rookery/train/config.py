@@ -1,0 +1,158 @@
+"""What a training run is: dataclasses, overlaid strictly by TOML files and `--set` flags."""
+
+import ast
+import tomllib
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rookery.errors import UnknownName, unknown
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The text that is learned."""
+
+    path: str = ""
+    """A .txt file, a .jsonl file with a "text" field per line, a .json list of strings, or several separated by commas."""
+    tokenizer: str = "bytes"
+    """"bytes", "world", "20b", or the path of a vocabulary file."""
+    validation: str = ""
+    """Files of held-out text; where empty, a share of `path` is held out instead."""
+    validation_share: float = 0.01
+    """Part of the documents of `path` that is held out, taken from the end of each file; 0 for none."""
+    sequence_length: int = 512
+    """Tokens a row predicts in one step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with the official parameter groups (core.md 1.10)."""
+
+    lr: float = 6e-4
+    """Peak learning rate."""
+    final_lr: float = 6e-5
+    """Learning rate of the last step."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """Cosine from the peak to the end, or warm-up, stable, then a linear decay."""
+    warmup_steps: int = 10
+    """Steps in which the rate rises from 1% of the peak."""
+    decay_share: float = 0.3
+    """Last part of the steps in which a "wsd" schedule decays."""
+    weight_decay: float = 0.1
+    """On matrices only; see `rookery.train.optim.parameter_groups`."""
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-18
+    """The official epsilon: so small that rarely used embedding rows still move."""
+    clip: float = 1.0
+    """Largest global gradient norm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    model: str = "rwkv7-test"
+    """Registered name."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Fields of the model's config to replace; the vocabulary size follows the tokenizer unless given."""
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    out: str = "out"
+    """Folder of checkpoints, metrics and the finished model; the same command continues what it finds there."""
+    steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 16
+    """Rows a step."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of activations and gradients; master weights are float32 always."""
+    l2wrap: float = 1e-4
+    """Pull on the largest logit (core.md 1.10)."""
+    seed: int = 0
+    """Of the initial weights and the sample order."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept."""
+    validate_every: int = 200
+    """Steps between measurements on the held-out text; 0 for none."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.data.validation_share < 1:
+            raise ValueError(f"data.validation_share must lie in [0, 1), got {self.data.validation_share}")
+
+
+def overlay(config: Any, values: dict[str, Any], where: str = "") -> Any:
+    """`config` with `values` applied, nested dictionaries going into nested dataclasses.
+
+    An unknown key or a value of the wrong type is an error that names its place.
+    """
+    known = {f.name: f for f in fields(config)}
+    changes = {}
+    for key, value in values.items():
+        if key not in known:
+            raise unknown("setting", where + key, [where + name for name in known], "`rookery train RECIPE --dry-run`")
+        old = getattr(config, key)
+        if is_dataclass(old) and isinstance(value, dict):
+            changes[key] = overlay(old, value, f"{where}{key}.")
+        elif isinstance(old, dict) and isinstance(value, dict):
+            changes[key] = {**old, **value}
+        else:
+            changes[key] = _checked(where + key, old, value)
+    return replace(config, **changes)
+
+
+def _checked(name: str, old: Any, value: Any) -> Any:
+    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not type(old):
+        raise UnknownName(f"{name} is {type(old).__name__}, for example {old!r}; got {value!r}")
+    return value
+
+
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """Nested values of "a.b=c" strings; numbers, booleans and quoted strings are read as in Python, the rest as text."""
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set takes key=value, for example --set optim.lr=1e-3; got {setting!r}")
+        *parents, last = key.split(".")
+        place = values
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = _literal(text)
+    return values
+
+
+def _literal(text: str) -> Any:
+    if text in ("true", "false"):  # as TOML spells them
+        return text == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Values of a TOML file, to be overlaid."""
+    with path.open("rb") as file:
+        return tomllib.load(file)
+
+
+def describe(config: TrainConfig) -> str:
+    """The whole configuration as "key = value" lines, as `--dry-run` prints it."""
+    return "\n".join(_lines(asdict(config), ""))
+
+
+def _lines(values: dict[str, Any], where: str) -> list[str]:
+    lines = []
+    for key, value in values.items():
+        lines += _lines(value, f"{where}{key}.") if isinstance(value, dict) and value else [f"{where}{key} = {value!r}"]
+    return lines

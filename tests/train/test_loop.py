@@ -1,0 +1,162 @@
+"""A run learns, resumes exactly, and survives interruption."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from rookery.recipes import recipe
+from rookery.train.checkpoint import load_checkpoint
+from rookery.train.config import overlay
+from rookery.train.loop import TrainingFailed, prepare, train, validate
+
+TEXT = "the quick brown fox jumps over the lazy dog, and the dog does not mind at all.\n" * 60
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A run of twelve quick steps."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    small = {"hidden_size": 32, "head_dim": 16, "num_hidden_layers": 2}
+    return overlay(
+        recipe("tiny-test"),
+        {
+            "overrides": small,
+            "data": {"path": str(tmp_path / "text.txt"), "sequence_length": 16},
+            "out": str(tmp_path / "run"),
+            "steps": 12,
+            "batch_size": 4,
+            "save_every": 4,
+            "validate_every": 6,
+        },
+    )
+
+
+def rows(config):
+    return [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(config):
+    return [row["loss"] for row in rows(config)]
+
+
+def test_the_loss_falls(config):
+    config = dataclasses.replace(config, steps=60)
+    result = train(config)
+    assert result.step == 60
+    assert result.signal is None
+    assert losses(config)[-1] < losses(config)[0] - 1
+
+
+def test_every_step_has_its_line(config):
+    train(config)
+    assert [row["step"] for row in rows(config)] == list(range(1, 13))
+    assert {"loss", "lr", "tokens", "tokens_per_second", "grad_norm"} <= rows(config)[0].keys()
+    assert rows(config)[-1]["tokens"] == 12 * 4 * 16
+    assert [row["step"] for row in rows(config) if "validation_nats_per_character" in row] == [6, 12]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path, dtype):
+    whole = dataclasses.replace(config, dtype=dtype, out=str(tmp_path / "whole"))
+    train(whole)
+    cut = dataclasses.replace(config, dtype=dtype, optim=dataclasses.replace(config.optim, schedule="cosine"))
+    with pytest.raises(KeyboardInterrupt):
+        stop_after(cut, step=7)
+    train(cut)
+    assert losses(cut) == losses(whole)
+    weights = [load_checkpoint(Path(c.out) / "checkpoints")["optimizer"]["masters"] for c in (whole, cut)]
+    assert all(torch.equal(a, b) for a, b in zip(*weights))
+
+
+def stop_after(config, step):
+    """Ends a run in the middle of a step, as a crash would."""
+    import rookery.train.loop as loop
+
+    original, calls = loop.language_loss, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) > step + 2:  # validation calls come in between
+            raise KeyboardInterrupt
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "language_loss", failing)
+        loop.train(config)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(config, caplog):
+    train(dataclasses.replace(config, steps=8))
+    newest = Path(config.out) / "checkpoints" / "step-00000008.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert load_checkpoint(newest.parent)["step"] == 4
+    assert "cannot be read" in caplog.text
+    assert train(config).step == 12
+    assert [row["step"] for row in rows(config)] == list(range(1, 13))
+
+
+def test_old_checkpoints_are_removed(config):
+    train(config)
+    assert sorted(p.name for p in (Path(config.out) / "checkpoints").iterdir()) == ["step-00000008.pt", "step-00000012.pt"]
+
+
+def test_a_folder_with_another_run_is_refused(config):
+    train(dataclasses.replace(config, steps=4))
+    with pytest.raises(TrainingFailed, match=r"other settings \(batch_size\)"):
+        train(dataclasses.replace(config, batch_size=5))
+
+
+def test_the_run_may_be_made_longer(config):
+    train(dataclasses.replace(config, steps=4))
+    assert train(dataclasses.replace(config, steps=6)).step == 6
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(config):
+    config = overlay(config, {"optim": {"lr": 1e30, "clip": 1e30, "warmup_steps": 0}, "save_every": 1})
+    with pytest.raises(TrainingFailed, match=r"the loss of step \d+ is nan|inf"):
+        train(config)
+    assert load_checkpoint(Path(config.out) / "checkpoints")["step"] >= 1
+
+
+def test_no_text_is_an_error_that_says_how_to_give_it(config):
+    with pytest.raises(ValueError, match=r"--set data\.path"):
+        train(overlay(config, {"data": {"path": ""}}))
+
+
+def test_held_out_files_are_used_where_given(config, tmp_path):
+    (tmp_path / "held.txt").write_text("z" * 500)
+    run, _ = prepare(overlay(config, {"data": {"validation": str(tmp_path / "held.txt")}}))
+    assert run.held_out.characters == 500
+    # an untrained model knows nothing: about ln(256) nats for every character
+    assert validate(run)["validation_nats_per_character"] == pytest.approx(5.55, abs=0.3)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_ends_with_its_code_and_the_same_command_continues(config, number, code):
+    command = [sys.executable, "-m", "rookery.cli.main", "train", "tiny-test"]
+    command += ["--set", f"data.path={config.data.path}", "--set", f"out={config.out}", "--set", "data.sequence_length=16"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    process = subprocess.Popen([*command, "--set", "steps=100000"], env=environment, stderr=subprocess.PIPE, text=True)
+    metrics = Path(config.out) / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert "the same command continues" in said
+    done = load_checkpoint(Path(config.out) / "checkpoints")["step"]
+    assert rows(config)[-1]["step"] == done
+    again = [*command, "--set", f"steps={done + 2}"]
+    subprocess.run(again, env=environment, check=True, capture_output=True, timeout=60)
+    assert [row["step"] for row in rows(config)] == list(range(1, done + 3))
