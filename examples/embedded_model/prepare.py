@@ -3,7 +3,7 @@
     python examples/embedded_model/prepare.py out/stories out/embedded --text tinystories.txt --keep 0.65
 
 Of the sampled stories the share `--keep` that the teacher itself finds likeliest stays: its less likely ones are its
-slips. Plain text is cut into documents before every "Once upon a time" and repeated `--repeat` times, since there is
+slips. Plain text is cut into stories and repeated `--repeat` times, since there is
 little of it. The held-out part comes from both: the last documents of each source.
 """
 
@@ -24,17 +24,16 @@ def best_stories(folder: Path, share: float) -> list[str]:
 
 
 def documents(path: Path) -> list[str]:
-    """Stories of a text file, cut at their usual opening."""
+    """Stories of a text file, cut at their usual opening and at lone line breaks (their paragraphs end with two)."""
     text = path.read_text(encoding="utf-8").replace("<|endoftext|>", "\n\n")
-    return [tidy(part) for part in re.split(r"\n\n+(?=Once upon a time)", text) if part.strip()]
+    return [tidy(part) for part in re.split(r"\n\n+(?=Once upon a time)|(?<!\n)\n(?!\n)", text) if part.strip()]
 
 
 def tidy(text: str) -> str:
-    """Plain quotes and dashes, one kind of line break, no trailing blanks."""
+    """Plain quotes and dashes, one line break between paragraphs, no trailing blanks."""
     for fancy, plain in (("“", '"'), ("”", '"'), ("‘", "'"), ("’", "'"), ("–", "-"), ("—", "-"), ("…", "...")):
         text = text.replace(fancy, plain)
-    text = re.sub(r"[ \t]+\n", "\n", text)
-    return re.sub(r"\n{2,}", "\n\n", text).strip()
+    return re.sub(r"[ \t]*\n\s*", "\n", text).strip()
 
 
 def main() -> None:
