@@ -180,10 +180,10 @@ def validate(run: Run) -> dict[str, float]:
 
 
 def export(run: Run, tokenizer: Any, out: Path) -> None:
-    """Writes the finished model in the run's dtype, with its config, as model.safetensors."""
+    """Writes the finished model, in the run's dtype, and its vocabulary."""
     from rookery.models import save_model
 
-    save_model(run.model, out / "model.safetensors", dtype=getattr(torch, run.config.dtype))
+    save_model(run.model, out / "model.safetensors")
     if hasattr(tokenizer, "save"):
         tokenizer.save(out / "vocab.txt")
 
