@@ -10,7 +10,9 @@ from rookery.train.config import TrainConfig, describe, overlay, parse_settings,
 
 
 def test_settings_reach_nested_fields():
-    config = overlay(TrainConfig(), parse_settings(["optim.lr=1e-3", "data.path=a.txt", "steps=7", "overrides.head_dim=8"]))
+    config = overlay(
+        TrainConfig(), parse_settings(["optim.lr=1e-3", "data.path=a.txt", "steps=7", "overrides.head_dim=8"])
+    )
     assert (config.optim.lr, config.data.path, config.steps, config.overrides) == (1e-3, "a.txt", 7, {"head_dim": 8})
 
 

@@ -105,7 +105,10 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(config, caplog):
 
 def test_old_checkpoints_are_removed(config):
     train(config)
-    assert sorted(p.name for p in (Path(config.out) / "checkpoints").iterdir()) == ["step-00000008.pt", "step-00000012.pt"]
+    assert sorted(p.name for p in (Path(config.out) / "checkpoints").iterdir()) == [
+        "step-00000008.pt",
+        "step-00000012.pt",
+    ]
 
 
 def test_a_folder_with_another_run_is_refused(config):
@@ -131,18 +134,30 @@ def test_no_text_is_an_error_that_says_how_to_give_it(config):
         train(overlay(config, {"data": {"path": ""}}))
 
 
-def test_held_out_files_are_used_where_given(config, tmp_path):
-    (tmp_path / "held.txt").write_text("z" * 500)
+def test_the_held_out_loss_is_the_mean_over_the_held_out_text(config, tmp_path):
+    text = "A held-out text of its own, which the run never learns from. " * 3
+    (tmp_path / "held.txt").write_text(text)
     run, _ = prepare(overlay(config, {"data": {"validation": str(tmp_path / "held.txt")}}))
-    assert run.held_out.characters == 500
-    # an untrained model knows nothing: about ln(256) nats for every character
-    assert validate(run)["validation_nats_per_character"] == pytest.approx(5.55, abs=0.3)
+    tokens = torch.tensor([*text.encode(), 0])
+    rows = (len(tokens) - 1) // 16
+    inputs, targets = tokens[: rows * 16].view(rows, 16), tokens[1 : rows * 16 + 1]
+    expected = torch.nn.functional.cross_entropy(run.model(inputs)[0].flatten(0, 1), targets).item()
+    measured = validate(run)
+    assert measured["validation_loss"] == pytest.approx(expected, rel=1e-5)
+    assert measured["validation_nats_per_character"] == pytest.approx(expected * len(tokens) / len(text), rel=1e-5)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_ends_with_its_code_and_the_same_command_continues(config, number, code):
     command = [sys.executable, "-m", "rookery.cli.main", "train", "tiny-test"]
-    command += ["--set", f"data.path={config.data.path}", "--set", f"out={config.out}", "--set", "data.sequence_length=16"]
+    command += [
+        "--set",
+        f"data.path={config.data.path}",
+        "--set",
+        f"out={config.out}",
+        "--set",
+        "data.sequence_length=16",
+    ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     process = subprocess.Popen([*command, "--set", "steps=100000"], env=environment, stderr=subprocess.PIPE, text=True)
     metrics = Path(config.out) / "metrics.jsonl"

@@ -27,7 +27,9 @@ def test_groups_are_the_official_ones():
 
 
 def test_group_settings_are_the_official_ones():
-    settings = {g["name"]: (g["weight_decay"], g["lr_scale"]) for g in parameter_groups(create_model("rwkv7-test"), 0.1)}
+    settings = {
+        g["name"]: (g["weight_decay"], g["lr_scale"]) for g in parameter_groups(create_model("rwkv7-test"), 0.1)
+    }
     assert settings == {"decayed": (0.1, 1.0), "fast": (0.0, 2.0), "plain": (0.0, 1.0)}
 
 
@@ -47,7 +49,9 @@ def test_wsd_is_flat_then_falls_in_a_line():
 
 def test_the_stable_part_of_wsd_does_not_depend_on_the_length_of_the_run():
     config = OptimConfig(schedule="wsd", decay_share=0.2)
-    assert [learning_rate(config, s, 100) for s in range(1, 80)] == [learning_rate(config, s, 400) for s in range(1, 80)]
+    assert [learning_rate(config, s, 100) for s in range(1, 80)] == [
+        learning_rate(config, s, 400) for s in range(1, 80)
+    ]
 
 
 def test_updates_smaller_than_bfloat16_resolves_add_up_in_the_masters():

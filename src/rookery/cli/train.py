@@ -1,15 +1,19 @@
-"""`rookery train`: run or continue a recipe."""
+"""Train a model as a recipe says, or go on where the same command stopped.
+
+Writes metrics.jsonl, checkpoints/ and at the end model.safetensors to the run's folder (`out`). Ctrl-C and SIGTERM save
+first; `rookery recipes` lists what can be run.
+"""
 
 import argparse
 import sys
 from pathlib import Path
 
-HELP = "train a model from a recipe"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="name of a recipe, or a TOML file whose first key may be `recipe = NAME`")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting: optim.lr=1e-3")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting: optim.lr=1e-3"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved run and its size, then stop")
 
 

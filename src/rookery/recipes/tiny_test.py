@@ -4,7 +4,7 @@ from rookery.train.config import DataConfig, OptimConfig, TrainConfig
 
 
 def tiny_test() -> TrainConfig:
-    """64 wide, two blocks, bytes as tokens."""
+    """A tiny model on any text file, in seconds: 64 wide, two blocks, bytes as tokens."""
     return TrainConfig(
         model="rwkv7",
         overrides={"hidden_size": 64, "num_hidden_layers": 2, "head_dim": 32},

@@ -15,8 +15,11 @@ import torch
 
 from rookery.data.text import Corpus, Windows, read_documents, split, tokenize, validation_rows
 from rookery.errors import RookeryError
-from rookery.models import create_model
+from rookery.models import create_model, save_model
 from rookery.nn.language_model import LanguageModel
+from rookery.tokenizers import Tokenizer, load_tokenizer
+from rookery.tokenizers.pairing import NAMES as SHIPPED_TOKENIZERS
+from rookery.tokenizers.trie import TrieTokenizer
 from rookery.train.checkpoint import load_checkpoint, save_checkpoint
 from rookery.train.config import DataConfig, TrainConfig
 from rookery.train.optim import Optimizer, learning_rate
@@ -79,10 +82,8 @@ def train(config: TrainConfig) -> Result:
     return Result(run.step, run.loss, asked[0] if asked else None)
 
 
-def prepare(config: TrainConfig) -> tuple[Run, Any]:
+def prepare(config: TrainConfig) -> tuple[Run, Tokenizer]:
     """Model, optimiser and data of a run that has not begun, and the tokenizer."""
-    from rookery.tokenizers import load_tokenizer
-
     tokenizer = load_tokenizer(config.data.tokenizer)
     if not config.data.path:
         raise ValueError("no text to train on: give data.path, for example --set data.path=book.txt")
@@ -144,7 +145,13 @@ def loop(run: Run, metrics: Metrics, console: Console, asked: list[int], out: Pa
         run.step, run.loss = step, loss.item()
         now = time.perf_counter()
         speed = tokens_a_step / (now - before)
-        row = {"loss": run.loss, "lr": rate, "tokens": step * tokens_a_step, "tokens_per_second": speed, "grad_norm": norm}
+        row = {
+            "loss": run.loss,
+            "lr": rate,
+            "tokens": step * tokens_a_step,
+            "tokens_per_second": speed,
+            "grad_norm": norm,
+        }
         if config.validate_every and (step % config.validate_every == 0 or step == config.steps):
             row |= validate(run)
             if "validation_loss" in row:
@@ -179,13 +186,13 @@ def validate(run: Run) -> dict[str, float]:
     return {"validation_loss": loss, "validation_nats_per_character": loss * len(corpus.tokens) / corpus.characters}
 
 
-def export(run: Run, tokenizer: Any, out: Path) -> None:
-    """Writes the finished model, in the run's dtype, and its vocabulary."""
-    from rookery.models import save_model
-
-    save_model(run.model, out / "model.safetensors")
-    if hasattr(tokenizer, "save"):
-        tokenizer.save(out / "vocab.txt")
+def export(run: Run, tokenizer: Tokenizer, out: Path) -> None:
+    """Writes the finished model, in the run's dtype, with its tokenizer: by name if it ships, beside the model if not."""
+    name = run.config.data.tokenizer
+    if name not in SHIPPED_TOKENIZERS:
+        name = "vocab.txt" if isinstance(tokenizer, TrieTokenizer) else "tokenizer.json"
+        tokenizer.save(out / name)
+    save_model(run.model, out / "model.safetensors", metadata={"tokenizer": name})
 
 
 @contextmanager
@@ -208,4 +215,3 @@ def stop_requests() -> Iterator[list[int]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
