@@ -73,7 +73,7 @@ def test_a_misspelt_model_and_setting_get_a_suggestion():
 def test_tensors_that_no_family_claims_are_refused():
     with pytest.raises(BadCheckpoint, match=r"no registered family has these tensors \(conv1\.weight, conv1\.bias …\)"):
         recognise({"conv1.weight": (3, 3), "conv1.bias": (3,)})
-    with pytest.raises(BadCheckpoint, match=r"\(no tensors at all …\)\. Known families: rwkv7, rwkv6, rwkv5, rwkv4, transformer"):
+    with pytest.raises(BadCheckpoint, match=r"\(no tensors at all …\)\. Known families: rwkv7, .*, transformer"):
         recognise({})
 
 

@@ -1,4 +1,4 @@
-"""Turns sampled stories and plain text into what the recipe "embedded" trains on: stories, held-out stories, vocabulary.
+"""Turns sampled stories and plain text into what the recipe "embedded" reads: stories, held-out stories, vocabulary.
 
     python examples/embedded_model/prepare.py out/stories out/embedded --text tinystories.txt --keep 0.65
 

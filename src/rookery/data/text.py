@@ -61,7 +61,7 @@ def split(documents: list[str], validation_share: float) -> tuple[list[str], lis
 class Windows:
     """Windows of a corpus in an order that is a pure function of the seed and the place in the run.
 
-    Every pass over the corpus shifts the windows by a random offset and shuffles them, so that a resumed run sees what an
+    Every pass over the corpus shifts the windows by a random offset and shuffles them. A resumed run sees what an
     uninterrupted one would have seen.
     """
 

@@ -24,7 +24,7 @@ def save_checkpoint(folder: Path, step: int, content: dict[str, Any], keep: int)
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """Content of the newest checkpoint that can be read, None if there is none. A damaged one is reported and passed over."""
+    """Content of the newest checkpoint that can be read; None if there is none. Damaged ones are reported."""
     for path in _newest_first(folder):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)

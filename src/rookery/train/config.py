@@ -14,7 +14,7 @@ class DataConfig:
     """The text that is learned."""
 
     path: str = ""
-    """A .txt file, a .jsonl file with a "text" field per line, a .json list of strings, or several separated by commas."""
+    """Files separated by commas: .txt, .jsonl with a "text" field per line, or .json with a list of strings."""
     tokenizer: str = "bytes"
     """"bytes", "world", "20b", or the path of a vocabulary file."""
     validation: str = ""
@@ -117,7 +117,7 @@ def _checked(name: str, old: Any, value: Any) -> Any:
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
-    """Nested values of "a.b=c" strings; numbers, booleans and quoted strings are read as in Python, the rest as text."""
+    """Nested values of "a.b=c" strings; what Python reads as a literal is one, the rest is text."""
     values: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")

@@ -62,8 +62,8 @@ class Run:
 def train(config: TrainConfig) -> Result:
     """Trains as `config` says, or continues the run in `config.out`.
 
-    Writes metrics.jsonl, checkpoints/ and, at the end, model.safetensors. Ctrl-C and SIGTERM save a checkpoint after the
-    current step and return. Raises TrainingFailed if the loss is not finite or the folder holds another run.
+    Writes metrics.jsonl, checkpoints/ and, at the end, model.safetensors. Ctrl-C and SIGTERM save a checkpoint after
+    the current step and return. Raises TrainingFailed if the loss is not finite or the folder holds another run.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -114,7 +114,8 @@ def resume(run: Run, out: Path) -> None:
     differing = [key for key in here if here[key] != there.get(key)]
     if differing:
         raise TrainingFailed(
-            f"{str(out)!r} holds a run with other settings ({', '.join(differing)}); choose another out folder or restore them"
+            f"{str(out)!r} holds a run with other settings ({', '.join(differing)}); "
+            "choose another out folder or restore them"
         )
     run.optimizer.load_state_dict(found["optimizer"])
     run.step, run.loss = found["step"], found["loss"]
@@ -187,7 +188,7 @@ def validate(run: Run) -> dict[str, float]:
 
 
 def export(run: Run, tokenizer: Tokenizer, out: Path) -> None:
-    """Writes the finished model, in the run's dtype, with its tokenizer: by name if it ships, beside the model if not."""
+    """Writes the finished model in the run's dtype, and its tokenizer beside it unless that ships with the package."""
     name = run.config.data.tokenizer
     if name not in SHIPPED_TOKENIZERS:
         name = "vocab.txt" if isinstance(tokenizer, TrieTokenizer) else "tokenizer.json"

@@ -12,7 +12,7 @@ LINE_EVERY = 10.0
 
 
 class Metrics:
-    """metrics.jsonl: one flushed line a step. Opening it for a resumed run drops lines after the step it resumes from."""
+    """metrics.jsonl: one flushed line a step. Opening it drops lines after the step that a run resumes from."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
         kept = []
