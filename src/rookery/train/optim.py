@@ -64,7 +64,7 @@ class Optimizer:
         model.to(dtype)
 
     def step(self, rate: float) -> float:
-        """One update at learning rate `rate` from the gradients, which are cleared; gives their norm before clipping."""
+        """One update at learning rate `rate` from the gradients, which are then cleared; gives their unclipped norm."""
         for parameter, master in zip(self.parameters, self.masters):
             master.grad = parameter.grad.to(torch.float32)
             parameter.grad = None

@@ -30,7 +30,8 @@ def wkv6(
     is the bonus of the token itself. `state` is the matrix before the first token, value × key (the papers and official
     files write key × value), float32 (float64 for float64 inputs), zero where left out; it is not changed, and
     gradients flow to it. `cu_seqlens` [d + 1] cuts the single row into d documents (empty ones allowed), each
-    with its own row of `state`. Raises BackendUnavailable if `backend` cannot run, ValueError for shapes that do not fit.
+    with its own row of `state`. Raises BackendUnavailable if `backend` cannot run, ValueError for shapes that do not
+    fit.
     """
     rows = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     expected = (rows, r.shape[2], v.shape[3], r.shape[3])
