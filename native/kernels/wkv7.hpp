@@ -8,7 +8,7 @@
 namespace rookery {
 
 // Tokens whose inputs are converted at once; a state is kept before every so many for the backward pass.
-constexpr std::int64_t wkv7_chunk = 16;
+constexpr std::int64_t wkv7_chunk = 32;
 
 // A tensor of tokens × heads × channels, float32 or bfloat16; no data: zeros.
 struct Wkv7Tensor {
