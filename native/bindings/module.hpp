@@ -7,6 +7,7 @@ namespace rookery {
 
 void bind_cross_entropy(nanobind::module_& m);
 void bind_relu_squared(nanobind::module_& m);
+void bind_runtime(nanobind::module_& m);
 void bind_token_shift(nanobind::module_& m);
 void bind_tokenizer(nanobind::module_& m);
 void bind_wkv7(nanobind::module_& m);

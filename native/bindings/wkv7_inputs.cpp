@@ -21,7 +21,7 @@ void forward(
     const std::string& isa) {
   const auto run = wkv7_inputs_kernels(find_isa(isa)).forward[bfloat16];
   nb::gil_scoped_release unlocked;
-  const Wkv7Inputs in{heads,         head_dim, at<void>(k), at<void>(decay_logit), at<void>(rate_logit),
+  const Wkv7InputsArguments in{heads,         head_dim, at<void>(k), at<void>(decay_logit), at<void>(rate_logit),
                       at<float>(k_k), at<float>(k_a)};
   const Wkv7InputsResults out{at<float>(log_w), at<void>(k_out), at<void>(a), at<void>(b)};
   in_blocks(tokens, least_tokens, threads, [&](int, std::int64_t begin, std::int64_t end) { run(in, out, begin, end); });
@@ -34,7 +34,7 @@ void backward(
     bool bfloat16, int threads, const std::string& isa) {
   const auto run = wkv7_inputs_kernels(find_isa(isa)).backward[bfloat16];
   nb::gil_scoped_release unlocked;
-  const Wkv7Inputs in{heads,         head_dim, at<void>(k), at<void>(decay_logit), at<void>(rate_logit),
+  const Wkv7InputsArguments in{heads,         head_dim, at<void>(k), at<void>(decay_logit), at<void>(rate_logit),
                       at<float>(k_k), at<float>(k_a)};
   const Wkv7InputsGrads grads{at<float>(grad_log_w), at<void>(grad_k_out),       at<void>(grad_a),
                               at<void>(grad_b),      at<void>(grad_k),           at<void>(grad_decay_logit),

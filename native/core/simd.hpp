@@ -5,6 +5,10 @@
 #include <cstring>
 #include <utility>
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 namespace rookery {
 namespace ROOKERY_ISA {
 
@@ -28,6 +32,29 @@ inline vfloat load(const std::uint16_t* p) {
   vhalf h;
   std::memcpy(&h, p, sizeof h);
   return (vfloat)(__builtin_convertvector(h, vint) << 16);
+}
+
+struct float16 {
+  std::uint16_t bits;
+};
+
+inline vfloat load(const float16* p) {
+#if defined(__AVX512F__)
+  __m256i h;
+  std::memcpy(&h, p, sizeof h);
+  return (vfloat)_mm512_maskz_cvtph_ps(0xffff, h);
+#elif defined(__F16C__)
+  __m128i h;
+  std::memcpy(&h, p, sizeof h);
+  return (vfloat)_mm256_cvtph_ps(h);
+#else
+  vhalf h;
+  std::memcpy(&h, p, sizeof h);
+  const vint wide = __builtin_convertvector(h, vint);
+  // exponent and fraction in float32's places are 2^112 too small; infinities become 65536, which no weight is
+  const vfloat size = (vfloat)((wide & 0x7fff) << 13) * 5.192296858534828e33f;
+  return (vfloat)((vint)size | (wide & 0x8000) << 16);
+#endif
 }
 
 // Rounds to the nearest bfloat16, ties to even; not a number stays one.

@@ -103,9 +103,10 @@ int available_cores() {
   return cores;
 }
 
-void parallel_for(int count, int threads, const std::function<void(int)>& task) {
-  if (threads <= 0) threads = available_cores();
-  threads = std::min(threads, count);
+namespace {
+
+// Runs tasks 0 … count − 1 on `threads` threads and returns true, or false where only the calling thread may run them.
+bool shared_out(int count, int threads, const std::function<void(int)>& task) {
   static std::mutex mutex;
   static Pool* pool = [] {
     // a forked child has none of the threads: it starts with a pool of its own
@@ -113,13 +114,40 @@ void parallel_for(int count, int threads, const std::function<void(int)>& task) 
     return new Pool;
   }();
   std::unique_lock lock(mutex, std::defer_lock);
-  if (threads <= 1 || Pool::inside || !lock.try_lock()) {
-    for (int i = 0; i < count; ++i) task(i);
-    return;
-  }
+  if (threads <= 1 || Pool::inside || !lock.try_lock()) return false;
   Pool::inside = true;
   pool->run(count, threads, task);
   Pool::inside = false;
+  return true;
+}
+
+}  // namespace
+
+void parallel_for(int count, int threads, const std::function<void(int)>& task) {
+  if (threads <= 0) threads = available_cores();
+  if (shared_out(count, std::min(threads, count), task)) return;
+  for (int i = 0; i < count; ++i) task(i);
+}
+
+void Team::barrier() {
+  if (size_ == 1) return;
+  const unsigned phase = phase_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+    arrived_.store(0, std::memory_order_relaxed);
+    phase_.store(phase + 1, std::memory_order_release);
+    phase_.notify_all();
+  } else {
+    wait_for_change(phase_, phase);
+  }
+}
+
+void in_team(int threads, const std::function<void(Team&, int)>& work) {
+  if (threads <= 0) threads = available_cores();
+  Team team(threads);
+  // a member that waits at a barrier holds its thread, so every member has a thread of its own
+  if (shared_out(threads, threads, [&](int member) { work(team, member); })) return;
+  Team alone(1);
+  work(alone, 0);
 }
 
 }  // namespace rookery

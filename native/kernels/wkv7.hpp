@@ -8,7 +8,7 @@
 namespace rookery {
 
 // Tokens whose inputs are converted at once; a state is kept before every so many for the backward pass.
-constexpr std::int64_t wkv7_chunk = 32;
+constexpr std::int64_t wkv7_chunk = 16;
 
 // A tensor of tokens × heads × channels, float32 or bfloat16; no data: zeros.
 struct Wkv7Tensor {
@@ -43,8 +43,17 @@ struct Wkv7Grads {
   float* initial_state;
 };
 
+// Some tokens of one head in float32, [tokens, key] and [tokens, value]; `w` is the decay itself. `a` has one row more,
+// of zeros. Results: y, and S_{t−1} a_t in `removed`.
+struct Wkv7Chunk {
+  std::int64_t tokens, key, value;
+  float *r{}, *w{}, *k{}, *a{}, *b{}, *v{}, *y{}, *removed{};
+};
+
 // Filled in by native/kernels/wkv7.cpp, once per instruction set. A call does one head of one row.
 struct Wkv7Kernels {
+  // Any number of tokens; `state` is [key, value].
+  void (*advance)(const Wkv7Chunk&, float* state);
   void (*forward)(const Wkv7Shape&, const Wkv7Inputs&, const Wkv7Results&, std::int64_t row, std::int64_t head);
   void (*backward)(const Wkv7Shape&, const Wkv7Inputs&, const Wkv7Results&, const Wkv7Grads&, std::int64_t row,
                    std::int64_t head);

@@ -12,7 +12,7 @@ constexpr float log_decay_scale = -0.60653066f;  // −e^(−1/2)
 constexpr float norm_floor = 1e-12f;
 
 template <class T>
-void forward(const Wkv7Inputs& in, const Wkv7InputsResults& out, std::int64_t begin, std::int64_t end) {
+void forward(const Wkv7InputsArguments& in, const Wkv7InputsResults& out, std::int64_t begin, std::int64_t end) {
   for (std::int64_t head = begin * in.heads; head < end * in.heads; ++head) {
     const std::int64_t place = head * in.head_dim, channel = head % in.heads * in.head_dim;
     const T* key = static_cast<const T*>(in.k) + place;
@@ -38,7 +38,7 @@ void forward(const Wkv7Inputs& in, const Wkv7InputsResults& out, std::int64_t be
 }
 
 template <class T>
-void backward(const Wkv7Inputs& in, const Wkv7InputsGrads& g, float* sums, std::int64_t begin, std::int64_t end) {
+void backward(const Wkv7InputsArguments& in, const Wkv7InputsGrads& g, float* sums, std::int64_t begin, std::int64_t end) {
   float* sum_k_k = sums;
   float* sum_k_a = sums + in.heads * in.head_dim;
   for (std::int64_t head = begin * in.heads; head < end * in.heads; ++head) {

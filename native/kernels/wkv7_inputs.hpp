@@ -8,7 +8,7 @@
 namespace rookery {
 
 // T is float32 or bfloat16; all [tokens, heads · head_dim], parameters [heads · head_dim].
-struct Wkv7Inputs {
+struct Wkv7InputsArguments {
   std::int64_t heads, head_dim;
   const void *k, *decay_logit, *rate_logit;  // T
   const float *k_k, *k_a;
@@ -27,9 +27,9 @@ struct Wkv7InputsGrads {
 
 // Index of the kernels: 0 float32, 1 bfloat16. Tokens begin … end − 1.
 struct Wkv7InputsKernels {
-  void (*forward[2])(const Wkv7Inputs&, const Wkv7InputsResults&, std::int64_t begin, std::int64_t end);
+  void (*forward[2])(const Wkv7InputsArguments&, const Wkv7InputsResults&, std::int64_t begin, std::int64_t end);
   // `sums` [2, channels] starts at zero and receives the gradients of k_k and k_a.
-  void (*backward[2])(const Wkv7Inputs&, const Wkv7InputsGrads&, float* sums, std::int64_t begin, std::int64_t end);
+  void (*backward[2])(const Wkv7InputsArguments&, const Wkv7InputsGrads&, float* sums, std::int64_t begin, std::int64_t end);
 };
 
 ROOKERY_DECLARE_KERNELS(Wkv7InputsKernels, wkv7_inputs)

@@ -1,0 +1,27 @@
+// Functions of single float32 vectors that models apply between their products.
+#pragma once
+
+#include <cstdint>
+
+#include "core/isa.hpp"
+#include "core/matrix.hpp"
+
+namespace rookery {
+
+struct ElementwiseKernels {
+  // out = (x − mean) / √(variance + eps) · weight + bias; `out` may be `x`.
+  void (*layer_norm)(
+      const float* x, const float* weight, const float* bias, float eps, float* out, std::int64_t count);
+  // In place.
+  void (*hyperbolic_tangent)(float* x, std::int64_t count);
+  void (*logistic)(float* x, std::int64_t count);
+  void (*exponential)(float* x, std::int64_t count);
+  // x += (target − x) · logistic(logit)
+  void (*approach)(float* x, const float* target, const float* logit, std::int64_t count);
+  // Numbers of a format as float32.
+  void (*widen[format_count])(const void* x, float* out, std::int64_t count);
+};
+
+ROOKERY_DECLARE_KERNELS(ElementwiseKernels, elementwise)
+
+}  // namespace rookery

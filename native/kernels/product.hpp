@@ -1,0 +1,33 @@
+// Products of weight matrices with one or many float32 vectors.
+#pragma once
+
+#include <cstdint>
+
+#include "core/isa.hpp"
+#include "core/matrix.hpp"
+
+namespace rookery {
+
+// y[t] = W x[t], or y[t] + W x[t], for every token t.
+struct Product {
+  const float* x;
+  std::int64_t x_stride;  // floats from token to token
+  float* y;
+  std::int64_t y_stride;
+  std::int64_t tokens;
+  bool add;
+  // for matrices stored by columns: the inputs to use, in ascending order; the others must be zero for every token.
+  // Null: all.
+  const std::int32_t* active;
+  std::int64_t active_count;
+};
+
+// run[order][format] computes outputs begin … end − 1. The additions of one output are done in one order whatever the
+// number of tokens and the range, so a result depends on neither; skipping zeros changes nothing either.
+struct ProductKernels {
+  void (*run[order_count][format_count])(const Matrix&, const Product&, std::int64_t begin, std::int64_t end);
+};
+
+ROOKERY_DECLARE_KERNELS(ProductKernels, product)
+
+}  // namespace rookery

@@ -1,0 +1,82 @@
+#include "runtime/weights.hpp"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <new>
+#include <numeric>
+#include <stdexcept>
+
+#include "core/threads.hpp"
+#include "kernels/elementwise.hpp"
+
+namespace rookery {
+namespace {
+
+std::shared_ptr<std::byte[]> aligned(std::size_t bytes) {
+  constexpr std::size_t line = 64;
+  auto* memory = static_cast<std::byte*>(std::aligned_alloc(line, (bytes + line) / line * line));
+  if (!memory) throw std::bad_alloc();
+  return {memory, std::free};
+}
+
+// out[j, i] = in[i, j], in squares that stay in the first-level cache.
+template <class T>
+void transpose(const T* in, std::int64_t rows, std::int64_t columns, T* out) {
+  constexpr std::int64_t square = 32;
+  for (std::int64_t i = 0; i < rows; i += square)
+    for (std::int64_t j = 0; j < columns; j += square)
+      for (std::int64_t n = j; n < std::min(columns, j + square); ++n)
+        for (std::int64_t m = i; m < std::min(rows, i + square); ++m)
+          std::memcpy(out + n * rows + m, in + m * columns + n, sizeof(T));
+}
+
+}  // namespace
+
+const Tensor& Weights::find(const std::string& name, std::int64_t count) const {
+  const auto found = tensors_.find(name);
+  if (found == tensors_.end()) throw std::invalid_argument("tensor '" + name + "' is missing");
+  const auto& shape = found->second.shape;
+  const auto size = std::accumulate(shape.begin(), shape.end(), std::int64_t{1}, std::multiplies<>());
+  if (size != count)
+    throw std::invalid_argument(
+        "tensor '" + name + "' has " + std::to_string(size) + " numbers, expected " + std::to_string(count));
+  return found->second;
+}
+
+std::vector<float> Weights::vector(const std::string& name, std::int64_t count) const {
+  const Tensor& tensor = find(name, count);
+  std::vector<float> values(static_cast<std::size_t>(count));
+  elementwise_kernels(Isa::portable).widen[static_cast<int>(tensor.format)](tensor.data, values.data(), count);
+  return values;
+}
+
+Matrix Weights::borrow(const std::string& name, Order order, std::int64_t out, std::int64_t in) {
+  const Tensor& tensor = find(name, out * in);
+  borrowed_.insert(name);
+  return {tensor.data, tensor.format, order, out, in};
+}
+
+Matrix Weights::turned(const std::string& name, Order stored, std::int64_t out, std::int64_t in) {
+  const Tensor& tensor = find(name, out * in);
+  const Matrix from{tensor.data, tensor.format, stored, out, in};
+  copies_.push_back(aligned(from.bytes()));
+  turns_.push_back({from, copies_.back().get()});
+  return {copies_.back().get(), tensor.format, stored == Order::rows ? Order::columns : Order::rows, out, in};
+}
+
+void Weights::fill(int threads) {
+  parallel_for(static_cast<int>(turns_.size()), threads, [&](int i) {
+    const auto& [from, to] = turns_[static_cast<std::size_t>(i)];
+    const auto rows = from.order == Order::rows ? from.out : from.in;
+    const auto columns = from.order == Order::rows ? from.in : from.out;
+    if (bytes_of(from.format) == 4)
+      transpose(static_cast<const std::uint32_t*>(from.data), rows, columns, reinterpret_cast<std::uint32_t*>(to));
+    else
+      transpose(static_cast<const std::uint16_t*>(from.data), rows, columns, reinterpret_cast<std::uint16_t*>(to));
+  });
+  turns_.clear();
+}
+
+}  // namespace rookery

@@ -1,0 +1,53 @@
+// A model's tensors on their way into a runtime: used where they lie as far as their layout allows, else copied.
+#pragma once
+
+#include <cstddef>
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "core/matrix.hpp"
+
+namespace rookery {
+
+// Memory of the caller.
+struct Tensor {
+  const void* data;
+  Format format;
+  std::vector<std::int64_t> shape;
+};
+
+class Weights {
+ public:
+  explicit Weights(std::map<std::string, Tensor> tensors) : tensors_(std::move(tensors)) {}
+
+  // All throw std::invalid_argument where the tensor is missing or has another size.
+  // float32 copy of `count` numbers.
+  std::vector<float> vector(const std::string& name, std::int64_t count) const;
+  // The tensor itself: the caller's memory must outlive the matrix.
+  Matrix borrow(const std::string& name, Order order, std::int64_t out, std::int64_t in);
+  // A copy in the other order than `stored`, which is that of the tensor. Call `fill` before use.
+  Matrix turned(const std::string& name, Order stored, std::int64_t out, std::int64_t in);
+
+  // Makes the copies that `turned` promised, on `threads` threads.
+  void fill(int threads);
+  const std::set<std::string>& borrowed() const { return borrowed_; }
+  // The memory of the copies; whoever uses the matrices keeps it.
+  std::vector<std::shared_ptr<std::byte[]>> copies() const { return copies_; }
+
+ private:
+  struct Turn {
+    Matrix from;
+    std::byte* to;
+  };
+  const Tensor& find(const std::string& name, std::int64_t count) const;
+
+  std::map<std::string, Tensor> tensors_;
+  std::set<std::string> borrowed_;
+  std::vector<std::shared_ptr<std::byte[]>> copies_;
+  std::vector<Turn> turns_;
+};
+
+}  // namespace rookery

@@ -1,0 +1,180 @@
+"""Runs a model with the compiled runtime: on the CPU, without torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+import ml_dtypes
+import numpy as np
+
+from rookery.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from rookery.engine.runners.protocol import Wanted
+from rookery.errors import BackendUnavailable, BadState, UnknownName
+from rookery.families.rwkv7 import RWKV7Config
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16, "float16": np.dtype(np.float16)}
+"""Types of weights that the runtime computes with; the arithmetic is float32 for all of them."""
+FAMILIES = ("rwkv7",)
+"""Families that the runtime knows."""
+
+
+class NativeRowState:
+    """One sequence's state: all its numbers in one float32 array, in the runtime's order."""
+
+    def __init__(self, config: RWKV7Config, numbers: np.ndarray, tokens_seen: int = 0) -> None:
+        self.config, self.numbers, self.tokens_seen = config, numbers, tokens_seen
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the numbers in it."""
+        return self.numbers.nbytes
+
+    def copy(self) -> NativeRowState:
+        """An independent copy."""
+        numbers = _aligned(len(self.numbers))
+        numbers[:] = self.numbers
+        return NativeRowState(self.config, numbers, self.tokens_seen)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Copies of all tensors under their names in state files, each [1, …], with "tokens_seen" int64 [1]."""
+        named = {name: np.ascontiguousarray(view)[None] for name, view in self.views().items()}
+        return named | {"tokens_seen": np.array([self.tokens_seen])}
+
+    def views(self) -> dict[str, np.ndarray]:
+        """The tensors by name without the first axis; writing to them changes the state."""
+        config, named = self.config, {}
+        width, heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
+        for i, layer in enumerate(self.numbers.reshape(config.num_hidden_layers, -1)):
+            matrices = layer[width:-width].reshape(heads, head_dim, head_dim)
+            named[f"layers.{i}.att_shift"] = layer[:width]
+            named[f"layers.{i}.wkv"] = matrices.swapaxes(1, 2)  # the kernels keep [key, value]
+            named[f"layers.{i}.ffn_shift"] = layer[-width:]
+        return named
+
+
+class NativeRunner:
+    """A model file behind the engine's protocol.
+
+    `threads` (every core that this process may use), `isa` ("avx2", …; the best one that this machine has) and `dtype`
+    ("float32", "bfloat16", "float16"; that of the file) may be chosen. Weights of the file that can be used as they are
+    stay in the mapped file. Logits do not depend on `threads`, nor on how tokens are cut into calls and batches.
+    Raises BackendUnavailable for a family that the runtime does not know, UnknownName for another `isa` or `dtype`.
+    """
+
+    name = "native"
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint | str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        isa: str | None = None,
+        dtype: str | None = None,
+    ) -> None:
+        try:
+            from rookery import _native
+        except ImportError as error:
+            raise BackendUnavailable(
+                f"the compiled runtime is missing ({error}); reinstall rookery on a machine with a C++20 compiler, or "
+                'run the model with torch (device="cpu")'
+            ) from None
+        if not isinstance(checkpoint, Checkpoint):
+            checkpoint = open_checkpoint(checkpoint)
+        if checkpoint.family.name not in FAMILIES:
+            raise BackendUnavailable(
+                f"the compiled runtime runs {', '.join(FAMILIES)}, {checkpoint.path!r} is a model of the family "
+                f'{checkpoint.family.name}; run it with torch (device="cpu")'
+            )
+        if dtype is not None and dtype not in DTYPES:
+            raise UnknownName(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        if isa is not None and isa not in _native.available_isas():
+            raise UnknownName(f"isa {isa!r} is not one of this machine's: {', '.join(_native.available_isas())}")
+        self.family = checkpoint.family.name
+        self.config: RWKV7Config = checkpoint.config
+        self.threads = threads or _native.available_cores()
+        self._fingerprint = checkpoint.fingerprint
+        wanted = DTYPES[dtype] if dtype else None
+        tensors = {name: _usable(checkpoint[name], wanted) for name in checkpoint}
+        self._model = _native.Rwkv7(asdict(self.config), tensors, isa or "", self.threads)
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use."""
+        return self._model.isa
+
+    def fingerprint(self) -> str:
+        """Names these weights in state files."""
+        return self._fingerprint()
+
+    def init_state(self, tensors: Mapping[str, np.ndarray] | None = None) -> NativeRowState:
+        """The state before the first token, or the one that `RowState.tensors` gave; BadState where it does not fit."""
+        state = NativeRowState(self.config, _aligned(self._model.state_size))
+        state.numbers[:] = 0
+        if tensors is None:
+            return state
+        views = state.views()
+        if tensors.keys() != {*views, "tokens_seen"}:
+            raise BadState(
+                f"the state holds {sorted(tensors)}, this model's state is {sorted([*views, 'tokens_seen'])}"
+            )
+        for name, view in views.items():
+            if tensors[name].shape != (1, *view.shape):
+                raise BadState(
+                    f"{name} has shape {list(tensors[name].shape)}, one row of this model's state {[1, *view.shape]}"
+                )
+            view[:] = tensors[name][0]
+        state.tokens_seen = int(tensors["tokens_seen"][0])
+        return state
+
+    def forward(self, tokens: Sequence[int], state: NativeRowState, logits: Wanted = "last") -> np.ndarray:
+        """Reads tokens, advancing `state`; float32 logits [n, vocab], n = 0, 1 or all. The array is the caller's."""
+        ids = _token_ids(tokens, self.config.vocab_size)
+        asked = {"none": 0, "last": min(1, len(ids)), "all": len(ids)}[logits]
+        return self._run(ids, [state], [len(ids)], np.arange(len(ids) - asked, len(ids), dtype=np.int32))
+
+    def forward_batch(self, tokens: Sequence[int], states: Sequence[NativeRowState]) -> np.ndarray:
+        """Reads one token in each state, advancing all of them; float32 logits [rows, vocab]."""
+        ids = _token_ids(tokens, self.config.vocab_size)
+        if len(ids) != len(states):
+            raise ValueError(f"{len(ids)} tokens for {len(states)} states; give one token for each state")
+        if len({id(state) for state in states}) < len(states):
+            raise ValueError("a state is in the batch twice; copy it first")
+        return self._run(ids, list(states), [1] * len(ids), np.arange(len(ids), dtype=np.int32))
+
+    def _run(self, ids: np.ndarray, states: list[NativeRowState], lengths: list[int], wanted: np.ndarray) -> np.ndarray:
+        logits = np.empty((len(wanted), self.config.vocab_size), np.float32)
+        self._model.forward(ids, [state.numbers for state in states], lengths, wanted, logits, self.threads)
+        for state, length in zip(states, lengths):
+            state.tokens_seen += length
+        return logits
+
+
+def _token_ids(tokens: Sequence[int], vocab_size: int) -> np.ndarray:
+    """int32 ids; ValueError names the first that is no token of the model."""
+    ids = np.asarray(tokens if len(tokens) else [], np.int64)
+    if ids.ndim != 1:
+        raise ValueError(f"tokens must be one row of ids, got shape {list(ids.shape)}")
+    if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
+        wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
+        raise ValueError(
+            f"token id {wrong} is not in the model's vocabulary of {vocab_size}; "
+            "check that the tokenizer is the model's own"
+        )
+    return ids.astype(np.int32)
+
+
+def _usable(tensor: np.ndarray, wanted: np.dtype | None) -> np.ndarray:
+    """The tensor in a type that the runtime computes with, bfloat16 as uint16; untouched wherever possible."""
+    dtype = wanted or (tensor.dtype if tensor.dtype in DTYPES.values() else np.dtype(np.float32))
+    tensor = np.ascontiguousarray(tensor, dtype)
+    return tensor.view(np.uint16) if dtype == BFLOAT16 else tensor
+
+
+def _aligned(count: int) -> np.ndarray:
+    """An uninitialised float32 array that starts at a cache line."""
+    memory = np.empty(4 * count + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + 4 * count].view(np.float32)
