@@ -16,7 +16,7 @@ def embedded() -> TrainConfig:
         ),
         optim=OptimConfig(lr=2e-3, final_lr=1e-5, schedule="wsd", decay_share=0.35, warmup_steps=50, weight_decay=0.1),
         out="out/embedded/run",
-        steps=3000,
+        steps=2500,
         batch_size=8,
         dtype="bfloat16",
         save_every=50,
