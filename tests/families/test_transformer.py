@@ -24,7 +24,7 @@ def test_sizes_are_read_off_the_tensors(choice):
 
 def test_a_head_size_that_cannot_be_guessed_is_an_error():
     shapes = tensor_shapes(create(hidden_size=32, num_attention_heads=4))
-    with pytest.raises(BadCheckpoint, match="the head size is not in the tensors, and the usual 64 does not divide"):
+    with pytest.raises(BadCheckpoint, match="the head size is not in the tensors, and 64 does not divide"):
         config_from_shapes(shapes)
 
 

@@ -5,13 +5,14 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rookery.checkpoints.detect import read_file
+from rookery.checkpoints.folder import read_folder
 from rookery.checkpoints.layout import from_foreign
-from rookery.checkpoints.safetensors import CONVENTION, read_folder, read_safetensors
+from rookery.checkpoints.safetensors import CONVENTION
 from rookery.checkpoints.source import Source, Stored, short
 from rookery.checkpoints.state_file import fingerprint
 from rookery.errors import BadCheckpoint
@@ -22,7 +23,7 @@ ONLY_LAYOUT = {"ggmf": "ggmf"}
 """Formats whose files have one naming scheme; any other may hold official names or a foreign scheme."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint(Mapping[str, np.ndarray]):
     """A model file. As a mapping: official tensor name -> its values, read (or only mapped) when asked for."""
 
@@ -87,8 +88,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Nothing that a file contains is executed. Tensors missing, unknown or of the wrong shape for the family are refused
     by name.
     """
-    source = read_source(path)
     where = os.fspath(path)
+    source = read_folder(path) if os.path.isdir(path) else read_file(path)
     try:
         return _understood(source, where)
     except BadCheckpoint as refused:
@@ -98,59 +99,6 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise BadCheckpoint(
             f"{where!r}: its tensors make no model ({type(damage).__name__}: {short(damage)})"
         ) from None
-
-
-def read_source(path: str | os.PathLike[str]) -> Source:
-    """The tensors in a file or folder under the file's own names."""
-    file = Path(path)
-    if file.is_dir():
-        return read_folder(file)
-    if not file.exists():
-        hint = (
-            "; model names on the Hugging Face Hub are not looked up, download the file first"
-            if _is_hub_id(path)
-            else ""
-        )
-        raise BadCheckpoint(f"there is no file {os.fspath(path)!r}{hint}")
-    if not file.is_file():
-        raise BadCheckpoint(f"{os.fspath(path)!r} is neither a file nor a folder")
-    with open(file, "rb") as opened:
-        start = opened.read(16)
-    return _reader(start, file)(path)
-
-
-def _is_hub_id(path: str | os.PathLike[str]) -> bool:
-    parts = os.fspath(path).split("/")
-    return len(parts) == 2 and all(parts) and parts[0] not in {".", "..", "~"}
-
-
-def _reader(start: bytes, path: Path) -> Any:
-    """The function that reads a file with these first bytes. Formats differ there; names and endings do not count."""
-    if start[:4] == b"PK\3\4":
-        from rookery.checkpoints.pth import read_pth
-
-        return read_pth
-    if start[:4] == b"fmgg":
-        from rookery.checkpoints.ggmf import read_ggmf
-
-        return read_ggmf
-    if start[8:9] == b"{" or not start:  # an empty file is reported as such by any reader
-        return read_safetensors
-    where = str(path)
-    if start[:4] == b"GGUF":
-        raise BadCheckpoint(f"{where!r} is a GGUF file; use the .pth or .safetensors file that it was made from")
-    from rookery.checkpoints.llama2c import is_llama2c, read_llama2c_source
-
-    if is_llama2c(path):
-        return read_llama2c_source
-    if start[:1] == b"\x80":
-        raise BadCheckpoint(
-            f"{where!r} is a bare pickle, as torch wrote before version 1.6. Load it once with a torch you trust it to "
-            "and save it again: torch.save(torch.load(path, weights_only=True), new_path)"
-        )
-    raise BadCheckpoint(
-        f"{where!r} is no model file of a known format (pth, safetensors, ggmf); it starts with {start!r}"
-    )
 
 
 def _understood(source: Source, where: str) -> Checkpoint:
@@ -191,19 +139,28 @@ def _config(family: Family, source: Source, tensors: Mapping[str, Stored], layou
     stated = source.metadata.get("rookery")
     if stated is not None:
         return _own_config(family, source.metadata, len(shapes))
-    config = family.config_from_shapes(shapes)
+    hints = _usable(source.hints, family)
+    config = family.config_from_shapes(shapes, **{key: hints[key] for key in family.not_in_shapes if key in hints})
     _check_depth(config, len(shapes))
     if layout != "official":
         config = replace(config, **family.layouts[layout].config)
-    kinds = {f.name: type(getattr(config, f.name)) for f in fields(config)}
-    hints = {key: value for key, value in source.hints.items() if key in kinds and type(value) is kinds[key]}
-    try:
-        hinted = replace(config, **hints)
-        _check_depth(hinted, len(shapes))
-        _fitted(family, hinted, tensors)
-    except (ValueError, ArithmeticError):
-        return config
-    return hinted
+    for wrong in (None, *hints):  # config files that are right but for one entry are common
+        try:
+            hinted = replace(config, **{key: value for key, value in hints.items() if key != wrong})
+            _check_depth(hinted, len(shapes))
+            _fitted(family, hinted, tensors)
+        except (ValueError, ArithmeticError):
+            continue
+        return hinted
+    return config
+
+
+def _usable(hints: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Entries of a config file that are fields of the family's config, and of their type."""
+    kinds = {f.name: type(f.default) for f in fields(family.config)}
+    usable = {key: value for key, value in hints.items() if key in kinds and type(value) is kinds[key]}
+    whole = {key: float(value) for key, value in hints.items() if kinds.get(key) is float and type(value) is int}
+    return usable | whole
 
 
 def _own_config(family: Family, metadata: Mapping[str, str], tensors: int) -> Any:
@@ -249,6 +206,8 @@ def _fitted(family: Family, config: Any, tensors: Mapping[str, Stored]) -> dict[
 
 
 def _shaped(tensor: Stored, shape: tuple[int, ...], name: str) -> Stored:
+    if tensor.dtype.kind in "biu":
+        raise BadCheckpoint(f"{short(name)} holds {tensor.dtype} numbers, weights are floats; is the file quantised?")
     if tensor.shape == shape:
         return tensor
     if [n for n in tensor.shape if n != 1] != [n for n in shape if n != 1]:

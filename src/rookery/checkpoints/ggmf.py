@@ -121,7 +121,8 @@ def _floats(blocks: np.ndarray, packed: Packed, shape: tuple[int, ...]) -> np.nd
         q = np.concatenate([q & 15, q >> 4], axis=1)  # byte j holds weights j and j + 16
     if packed.bits == 5:
         q = q | ((records["high"][:, None] >> np.arange(BLOCK, dtype=np.uint32) & 1) << 4).astype(np.uint8)
-    weights = (q.astype(np.float32) - packed.zero) * records["scale"][:, None].astype(np.float32)
-    if packed.has_minimum:
-        weights += records["minimum"][:, None].astype(np.float32)
+    with np.errstate(all="ignore"):  # a damaged scale gives NaN or infinite weights, which is for the reader to judge
+        weights = (q.astype(np.float32) - packed.zero) * records["scale"][:, None].astype(np.float32)
+        if packed.has_minimum:
+            weights += records["minimum"][:, None].astype(np.float32)
     return weights.reshape(shape)

@@ -111,9 +111,10 @@ def _changed(tensor: Stored, changes: list[tuple[bool, Change]], share: int = 1)
 
     def read() -> np.ndarray:
         values = tensor.read()
-        for moves, change in changes:
-            # exponentials of exponentials need the digits: float64 in between
-            values = change(values) if moves else change(values.astype(np.float64)).astype(tensor.dtype)
+        with np.errstate(all="ignore"):  # damaged numbers give NaN, which is for the reader to judge
+            for moves, change in changes:
+                # exponentials of exponentials need the digits: float64 in between
+                values = change(values) if moves else change(values.astype(np.float64)).astype(tensor.dtype)
         return values
 
     return replace(tensor, shape=shape.shape, read=read, nbytes=tensor.nbytes // share)

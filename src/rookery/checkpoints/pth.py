@@ -6,13 +6,14 @@ until it is used.
 
 import math
 import os
+import struct
 import zipfile
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from rookery.checkpoints.source import MAX_DIMENSIONS, Source, Stored, map_file, short
+from rookery.checkpoints.source import Source, Stored, map_file, short
 from rookery.checkpoints.unpickle import PickledTensor, unpickle
 from rookery.errors import BadCheckpoint
 
@@ -20,6 +21,8 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 """Keys under which training programs put the weights, the likeliest first."""
 PREFIXES = ("module.", "_orig_mod.", "_forward_module.")
 """What wrappers of torch put in front of every name (DDP, compile, Lightning)."""
+MAX_PICKLE = 16_000_000
+"""Bytes of data.pkl; a model of ten thousand tensors needs three million."""
 LOCAL_HEADER = 30
 """Bytes of the fixed part in front of every file of a zip."""
 
@@ -31,7 +34,15 @@ def read_pth(path: str | os.PathLike[str]) -> Source:
         with zipfile.ZipFile(path) as archive:
             entries = {info.filename: info for info in archive.infolist()}
     # zipfile was not written for hostile files: damage surfaces as any of these
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, OverflowError, LookupError) as damage:
+    except (
+        zipfile.BadZipFile,
+        OSError,
+        ValueError,
+        NotImplementedError,
+        OverflowError,
+        LookupError,
+        struct.error,
+    ) as damage:
         raise BadCheckpoint(f"{where!r} is damaged or cut short: it is not a whole zip file ({damage})") from None
     pickles = [name for name in entries if name == "data.pkl" or (name.count("/") == 1 and name.endswith("/data.pkl"))]
     if len(pickles) != 1:
@@ -43,8 +54,12 @@ def read_pth(path: str | os.PathLike[str]) -> Source:
         order = _contents(data, entries[root + "byteorder"], where).tobytes()
         if order != b"little":
             raise BadCheckpoint(f"{where!r} was saved on a machine of byte order {order[:20]!r}; only little is read")
-    content = unpickle(_contents(data, entries[pickles[0]], where).tobytes(), where)
-    state = _state_dict(content, where)
+    table = _contents(data, entries[pickles[0]], where)
+    if len(table) > MAX_PICKLE:
+        raise BadCheckpoint(
+            f"{where!r}: its table of tensors has {len(table):,} bytes; a model's has less than a million"
+        )
+    state = _state_dict(unpickle(table.tobytes(), where), where)
 
     spans: dict[str, np.ndarray] = {}
 
@@ -91,23 +106,22 @@ def _stored(tensor: PickledTensor, span: np.ndarray, name: str, where: str) -> S
             f"{where!r} is damaged or cut short: {short(name)} needs a storage of {announced:,} bytes, "
             f"{len(span):,} are there"
         )
-    if len(tensor.shape) > MAX_DIMENSIONS or (count and last >= numbers) or count > numbers:
+    if (count and last >= numbers) or count > numbers:
         # more numbers than the storage has would mean repeating some: a small file could ask for terabytes
         raise BadCheckpoint(
             f"{where!r} is damaged: {short(name)} has {count:,} numbers from {tensor.offset:,} on, "
             f"its storage has {numbers:,}"
         )
-    read = partial(_view, span, tensor, numbers)
+    read = partial(_view, span, tensor)
     return Stored(tensor.shape, tensor.dtype, read, tensor.dtype.name, count * item)
 
 
-def _view(span: np.ndarray, tensor: PickledTensor, numbers: int) -> np.ndarray:
+def _view(span: np.ndarray, tensor: PickledTensor) -> np.ndarray:
     item = tensor.dtype.itemsize
     if math.prod(tensor.shape) == 0:
         return np.empty(tensor.shape, tensor.dtype)
-    flat = span[: numbers * item].view(tensor.dtype)[tensor.offset :]
     strides = [step * item for step in tensor.strides]
-    return np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)
+    return np.ndarray(tensor.shape, tensor.dtype, buffer=span, offset=tensor.offset * item, strides=strides)
 
 
 def _state_dict(content: Any, where: str) -> dict[str, PickledTensor]:
@@ -137,7 +151,7 @@ def _state_dict(content: Any, where: str) -> dict[str, PickledTensor]:
 
 
 def _without_prefix(tensors: dict[str, Stored]) -> dict[str, Stored]:
-    for prefix in PREFIXES:
+    for prefix in PREFIXES * 2:  # wrappers come in any order
         if all(name.startswith(prefix) for name in tensors):
-            return _without_prefix({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors

@@ -9,7 +9,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -130,51 +129,3 @@ def write_model(
         "fingerprint": fingerprint,
     }
     write_safetensors(path, tensors, {**(metadata or {}), **ours})
-
-
-def read_folder(path: str | os.PathLike[str]) -> Source:
-    """The model in a folder of Hugging Face's shape: one safetensors file, or shards with their index."""
-    folder = Path(path)
-    index = folder / "model.safetensors.index.json"
-    hints = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if index.is_file():
-        source = _sharded(folder, _json(index).get("weight_map"))
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-        main = folder / "model.safetensors"
-        if main not in files and len(files) != 1:
-            found = ", ".join(file.name for file in files) or "none"
-            raise BadCheckpoint(
-                f"{str(folder)!r} should hold model.safetensors, its index, or one other .safetensors file; "
-                f"found: {found}"
-            )
-        source = read_safetensors(main if main in files else files[0])
-    return Source(source.format, source.tensors, source.metadata, hints)
-
-
-def _sharded(folder: Path, weight_map: Any) -> Source:
-    where = str(folder)
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise BadCheckpoint(f"{where!r}: the index does not say which file each tensor is in (weight_map)")
-    shards = {}
-    for shard in dict.fromkeys(weight_map.values()):
-        # an index may name files beside it and nothing else: "../../secret" or "/etc/x" is an attack
-        if Path(shard).name != shard or "\\" in shard or not (folder / shard).is_file():
-            raise BadCheckpoint(f"{where!r}: the index names the file {short(shard)}, which is not in the folder")
-        shards[shard] = read_safetensors(folder / shard)
-    tensors = {}
-    for name, shard in weight_map.items():
-        if name not in shards[shard].tensors:
-            raise BadCheckpoint(f"{where!r}: the index puts {short(name)} into {short(shard)}, where it is not")
-        tensors[name] = shards[shard].tensors[name]
-    return Source("safetensors", tensors, next(iter(shards.values())).metadata if shards else {})
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        raise BadCheckpoint(f"{str(path)!r} is damaged: it is not JSON") from None
-    if not isinstance(content, dict):
-        raise BadCheckpoint(f"{str(path)!r} is damaged: it is not a JSON table")
-    return content

@@ -13,6 +13,8 @@ from rookery.errors import BadCheckpoint
 
 MAX_DIMENSIONS = 8
 """More than any model uses; a file that announces more is damaged."""
+MAX_SIZE = 2**48
+"""Of one dimension, offset or stride; larger numbers are damage, and slow to compute with and to print."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def plain(data: np.ndarray, offset: int, shape: tuple[int, ...], dtype: np.dtype
 def check_shape(shape: object, name: str, path: str) -> tuple[int, ...]:
     """`shape` as a tuple; BadCheckpoint unless it is a short list of whole numbers of at least 0."""
     sizes = tuple(shape) if isinstance(shape, list | tuple) else None
-    if sizes is None or len(sizes) > MAX_DIMENSIONS or any(type(n) is not int or n < 0 for n in sizes):
+    if sizes is None or len(sizes) > MAX_DIMENSIONS or any(type(n) is not int or not 0 <= n < MAX_SIZE for n in sizes):
         raise BadCheckpoint(f"{path!r} is damaged: tensor {short(name)} has no valid shape")
     return sizes
 

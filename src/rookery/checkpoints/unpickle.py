@@ -7,6 +7,7 @@ descriptions (`PickledTensor`): where their numbers lie, not the numbers.
 
 import io
 import pickletools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from rookery.checkpoints.source import MAX_DIMENSIONS, MAX_SIZE
 from rookery.errors import BadCheckpoint
 
 STORAGES = {
@@ -65,6 +67,10 @@ class PickledTensor:
     strides: tuple[int, ...]
 
 
+MAX_ARGUMENTS = 16
+"""Of a call; a file that passes the same long tuple to many calls would keep us copying."""
+
+
 class Refused(Exception):
     """What the pickle holds or asks for that no dictionary of tensors needs."""
 
@@ -80,16 +86,16 @@ _MARK = object()
 
 
 def _whole(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise Refused("a tensor whose place, shape or strides are no whole numbers of at least 0")
+    if type(value) is not int or not 0 <= value < MAX_SIZE:
+        raise Refused("a tensor whose place, shape or strides are no sizes")
     return value
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_ignored: Any, dtype: np.dtype | None = None) -> Any:
     if not isinstance(storage, Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
         raise Refused("a tensor without storage or shape")
-    if len(shape) != len(strides):
-        raise Refused("a tensor with as many strides as it has not dimensions")
+    if len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS:
+        raise Refused(f"a tensor of {len(shape)} dimensions with {len(strides)} strides")
     sizes, steps = tuple(map(_whole, shape)), tuple(map(_whole, strides))
     return PickledTensor(storage, dtype or storage.dtype, _whole(offset), sizes, steps)
 
@@ -108,15 +114,14 @@ def _parameter(tensor: Any, *_ignored: Any) -> Any:
     return tensor
 
 
-def _ordered(pairs: Any = ()) -> dict:
-    result: dict = {}
-    for pair in pairs:
-        _put(result, *pair)
-    return result
+def _ordered() -> dict:
+    return {}
 
 
 def _size(sizes: Any = ()) -> tuple:
-    return tuple(sizes)
+    if not isinstance(sizes, tuple) or len(sizes) > MAX_DIMENSIONS:
+        raise Refused("a size that is none")
+    return sizes
 
 
 KNOWN: dict[tuple[str, str], _Known] = {
@@ -142,7 +147,9 @@ KNOWN: dict[tuple[str, str], _Known] = {
 def unpickle(data: bytes, where: str) -> Any:
     """What a pickle holds: dictionaries, lists, tuples, texts, numbers, PickledTensors; BadCheckpoint for all else."""
     try:
-        return _Machine().run(data)
+        with warnings.catch_warnings():  # texts of pickle protocol 0 may hold escapes that Python frowns upon
+            warnings.simplefilter("ignore")
+            return _Machine().run(data)
     except Refused as refused:
         raise BadCheckpoint(f"{where!r} is not a plain file of tensors: it holds {refused}") from None
     except (ValueError, TypeError, IndexError, KeyError, AttributeError, RecursionError, OverflowError) as damage:
@@ -200,8 +207,9 @@ class _Machine:
     def name(self, module: Any, name: Any) -> None:
         known = KNOWN.get((module, name)) if isinstance(module, str) and isinstance(name, str) else None
         if known is None:
+            shown = ".".join(part[:60] for part in (module, name) if isinstance(part, str))
             raise Refused(
-                f"the name {str(module)[:60]}.{str(name)[:60]}, which could run code when loaded; it was not run. "
+                f"the name {shown!r}, which could run code when loaded; it was not run. "
                 "Save only the tensors: torch.save(model.state_dict(), path)"
             )
         self.stack.append(known if known.call else known.value)
@@ -210,11 +218,14 @@ class _Machine:
         known, arguments = self.pop(2)
         if not isinstance(known, _Known) or known.call is None or not isinstance(arguments, tuple):
             raise Refused("a call of something that cannot be called")
+        if len(arguments) > MAX_ARGUMENTS:
+            raise Refused(f"a call with {len(arguments)} arguments")
         self.stack.append(known.call(*arguments))
 
     def storage(self) -> None:
         (parts,) = self.pop(1)
-        match parts:
+        # the sixth part, a view of the storage, stands in files of torch before 1.6 only
+        match parts[:6] if isinstance(parts, tuple) else ():
             case ("storage", (str(), np.dtype() as dtype), str(key), _location, int(count), *_view):
                 self.stack.append(Storage(key, dtype, _whole(count)))
             case _:
@@ -241,8 +252,8 @@ class _Machine:
 
 
 def _put(target: dict, key: Any, value: Any) -> None:
-    # hashing a deeply shared tuple takes for ever; no state dict has such keys
-    if not isinstance(key, str | int):
+    # hashing a deeply shared tuple takes for ever, printing a huge number as well; no state dict has such keys
+    if not isinstance(key, str) and not (isinstance(key, int) and abs(key) < MAX_SIZE):
         raise Refused("a dictionary whose keys are no names")
     target[key] = value
 

@@ -36,6 +36,8 @@ class Family:
     """True if tensors of these (official) names and shapes are this family's."""
     config_from_shapes: Callable[[Shapes], Any]
     """Config read off tensor shapes, never from a formula; raises BadCheckpoint naming what is missing."""
+    not_in_shapes: tuple[str, ...] = ()
+    """Config fields that shapes leave open and that `config_from_shapes` takes as keywords where a file tells them."""
     tensor_shapes: Callable[[Any], dict[str, tuple[int, ...]]]
     """Config -> name and shape of every parameter, in the official order."""
     is_unused: Callable[[str], bool] = field(default=lambda name: False)

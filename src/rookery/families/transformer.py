@@ -90,8 +90,8 @@ def recognise(shapes: Shapes) -> bool:
     return "model.layers.0.self_attn.q_proj.weight" in shapes and "model.layers.0.mlp.gate_proj.weight" in shapes
 
 
-def config_from_shapes(shapes: Shapes) -> TransformerConfig:
-    """Sizes from the tensors. The head size is not in them: 64 is assumed, or 128 where the width is at least 2048."""
+def config_from_shapes(shapes: Shapes, head_dim: int | None = None) -> TransformerConfig:
+    """Sizes from the tensors. The head size, if not given, is 64, or 128 where the width is at least 2048."""
     try:
         vocab_size, hidden_size = shapes["model.embed_tokens.weight"]
         layers = 1 + max(int(name.split(".")[2]) for name in shapes if name.startswith("model.layers."))
@@ -100,11 +100,11 @@ def config_from_shapes(shapes: Shapes) -> TransformerConfig:
         ffn = shapes["model.layers.0.mlp.gate_proj.weight"][0]
     except KeyError as missing:
         raise BadCheckpoint(f"not a transformer of Llama or Qwen2 shape: {missing} is missing") from None
-    head_dim = 128 if hidden_size >= 2048 else 64
+    head_dim = head_dim or (128 if hidden_size >= 2048 else 64)
     if queries % head_dim or keys % head_dim:
         raise BadCheckpoint(
-            f"the head size is not in the tensors, and the usual {head_dim} does not divide the {queries} query and "
-            f"{keys} key channels; build the model from its config instead"
+            f"the head size is not in the tensors, and {head_dim} does not divide the {queries} query and {keys} key "
+            "channels; build the model from its config instead"
         )
     return TransformerConfig(
         vocab_size=vocab_size,
@@ -117,6 +117,11 @@ def config_from_shapes(shapes: Shapes) -> TransformerConfig:
         qkv_bias="model.layers.0.self_attn.q_proj.bias" in shapes,
         tie_word_embeddings="lm_head.weight" not in shapes,
     )
+
+
+def is_unused(name: str) -> bool:
+    """Older files carry the rotary frequencies, which follow from rope_theta."""
+    return name.endswith("rotary_emb.inv_freq")
 
 
 FAMILY = Family(
@@ -139,5 +144,7 @@ FAMILY = Family(
     recognise=recognise,
     config_from_shapes=config_from_shapes,
     tensor_shapes=tensor_shapes,
+    not_in_shapes=("head_dim",),
+    is_unused=is_unused,
     fingerprinted=("model.embed_tokens.weight", "model.norm.weight"),
 )

@@ -1,0 +1,60 @@
+"""Which format a file has, and the reader for it."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from rookery.checkpoints.safetensors import read_safetensors
+from rookery.checkpoints.source import Source
+from rookery.errors import BadCheckpoint
+
+
+def read_file(path: str | os.PathLike[str]) -> Source:
+    """The tensors in a file of any readable format, under the file's own names."""
+    file = Path(path)
+    if not file.exists():
+        hint = (
+            "; model names on the Hugging Face Hub are not looked up, download the file first"
+            if _is_hub_id(path)
+            else ""
+        )
+        raise BadCheckpoint(f"there is no file {os.fspath(path)!r}{hint}")
+    if not file.is_file():
+        raise BadCheckpoint(f"{os.fspath(path)!r} is neither a file nor a folder")
+    with open(file, "rb") as opened:
+        start = opened.read(16)
+    return _reader(start, file)(path)
+
+
+def _is_hub_id(path: str | os.PathLike[str]) -> bool:
+    parts = os.fspath(path).split("/")
+    return len(parts) == 2 and all(parts) and parts[0] not in {".", "..", "~"}
+
+
+def _reader(start: bytes, path: Path) -> Callable[[str | os.PathLike[str]], Source]:
+    """The function that reads a file with these first bytes. Formats differ there; names and endings do not count."""
+    if start[:4] == b"PK\3\4":
+        from rookery.checkpoints.pth import read_pth
+
+        return read_pth
+    if start[:4] == b"fmgg":
+        from rookery.checkpoints.ggmf import read_ggmf
+
+        return read_ggmf
+    if start[8:9] == b"{" or not start:  # an empty file is reported as such by any reader
+        return read_safetensors
+    where = str(path)
+    if start[:4] == b"GGUF":
+        raise BadCheckpoint(f"{where!r} is a GGUF file; use the .pth or .safetensors file that it was made from")
+    from rookery.checkpoints.llama2c import is_llama2c, read_llama2c_source
+
+    if is_llama2c(path):
+        return read_llama2c_source
+    if start[:1] == b"\x80":
+        raise BadCheckpoint(
+            f"{where!r} is a bare pickle, as torch wrote before version 1.6. Load it once with a torch you trust it to "
+            "and save it again: torch.save(torch.load(path, weights_only=True), new_path)"
+        )
+    raise BadCheckpoint(
+        f"{where!r} is no model file of a known format (pth, safetensors, ggmf); it starts with {start!r}"
+    )
