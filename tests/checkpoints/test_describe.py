@@ -34,23 +34,24 @@ def test_a_summary_says_what_a_file_is(tmp_path):
 
 
 def test_the_text_of_a_summary_has_one_line_for_each_thing(tmp_path):
-    save_model(tiny(), tmp_path / "m.safetensors", metadata={"tokenizer": "own", "note": "first\nlight " * 100})
+    metadata = {"tokenizer": "bytes", "note": "first\nlight " * 100}
+    save_model(tiny(vocab_size=300), tmp_path / "m.safetensors", metadata=metadata)
     lines = render(inspect(tmp_path / "m.safetensors")).splitlines()
     table = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
     assert table["family"] == "rwkv7"
-    assert table["tokenizer"] == "own"
+    assert table["tokenizer"] == "bytes"
     assert table["config.head_dim"] == "16"
     assert table["metadata.note"].startswith("first light")
     assert table["metadata.note"].endswith("…")
     assert max(map(len, lines)) < 300
 
 
-def test_unused_tensors_and_unknown_tokenizers_are_told(tmp_path):
+def test_unused_tensors_and_missing_tokenizers_are_told(tmp_path):
     torch.save(tiny().state_dict() | {"blocks.0.att.v0": torch.ones(1)}, tmp_path / "m.pth")
     text = render(inspect(tmp_path / "m.pth"))
     assert "not used" in text
     assert "blocks.0.att.v0" in text
-    assert "not told by the file; name one with --tokenizer" in text
+    assert "none found; name one with --tokenizer" in text
 
 
 @pytest.mark.data

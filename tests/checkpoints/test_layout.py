@@ -16,6 +16,11 @@ def stored(model):
     return {name: in_memory(to_numpy(weight)) for name, weight in model.state_dict().items()}
 
 
+def _moves_only(layout, name):
+    template = name.replace(f".{name.split('.')[1]}.", ".{layer}.", 1)
+    return all(STEPS[step].moves for rule in layout.rules if template in rule.official for step in rule.steps)
+
+
 @pytest.mark.parametrize(("family", "layout"), PAIRS)
 def test_a_model_comes_back_from_every_layout(family, layout):
     model = tiny(f"{family}-test")
@@ -27,7 +32,9 @@ def test_a_model_comes_back_from_every_layout(family, layout):
         want = tensor.read()
         got = back[name].read()
         assert got.shape == back[name].shape
-        np.testing.assert_array_equal(got.reshape(want.shape), want, err_msg=name)
+        # tensors that only move come back exactly, exponentials to float32's digits
+        tolerance = 0 if _moves_only(layout, name) else 1e-5
+        np.testing.assert_allclose(got.reshape(want.shape), want, rtol=tolerance, err_msg=name)
     for name, tensor in foreign.items():
         assert tensor.read().shape == tensor.shape, name
 

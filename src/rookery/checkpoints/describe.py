@@ -7,16 +7,14 @@ from dataclasses import asdict
 from typing import Any
 
 from rookery.checkpoints.checkpoint import Checkpoint, open_checkpoint
-
-VOCABULARIES = {65536: "world", 50277: "20b", 50304: "20b", 256: "bytes"}
-"""Rows of the embedding -> the tokenizer that published models of that size use (core.md 3.3)."""
+from rookery.errors import BadTokenizer, MissingDependency
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A summary that JSON can hold; BadCheckpoint for anything that is no readable model.
 
     Keys: `path`, `format`, `layout`, `family`, `config`, `parameters`, `tensors`, `bytes` (encoding -> bytes in the
-    file), `tokenizer` (None if the file does not tell), `unused`, `fingerprint`, `metadata`.
+    file), `tokenizer` (None if nothing tells), `unused`, `fingerprint`, `metadata`.
     """
     return describe(open_checkpoint(path))
 
@@ -26,7 +24,6 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     sizes: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
         sizes[tensor.encoding] += tensor.nbytes
-    guess = VOCABULARIES.get(getattr(checkpoint.config, "vocab_size", 0))
     own = {"format", "rookery", "family", "config", "fingerprint", "tokenizer"}
     return {
         "path": checkpoint.path,
@@ -37,11 +34,24 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "parameters": sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()),
         "tensors": len(checkpoint),
         "bytes": dict(sizes.most_common()),
-        "tokenizer": checkpoint.metadata.get("tokenizer", guess),
+        "tokenizer": _tokenizer(checkpoint),
         "unused": list(checkpoint.unused),
         "fingerprint": checkpoint.fingerprint(),
         "metadata": {key: value for key, value in checkpoint.metadata.items() if key not in own},
     }
+
+
+def _tokenizer(checkpoint: Checkpoint) -> str | None:
+    """Name of the tokenizer that the file, what lies beside it, or the vocabulary's size tells."""
+    from rookery.tokenizers import resolve
+
+    vocab_size = getattr(checkpoint.config, "vocab_size", None)
+    if vocab_size is None:
+        return None
+    try:
+        return resolve(vocab_size=vocab_size, path=checkpoint.path, metadata=checkpoint.metadata).name
+    except (BadTokenizer, MissingDependency):
+        return None
 
 
 def render(summary: dict[str, Any]) -> str:
@@ -53,7 +63,7 @@ def render(summary: dict[str, Any]) -> str:
         "family": summary["family"],
         "parameters": f"{summary['parameters']:,} in {summary['tensors']} tensors",
         "weights": ", ".join(f"{encoding} {readable(size)}" for encoding, size in summary["bytes"].items()),
-        "tokenizer": summary["tokenizer"] or "not told by the file; name one with --tokenizer",
+        "tokenizer": summary["tokenizer"] or "none found; name one with --tokenizer",
         "fingerprint": summary["fingerprint"],
         **({"not used": ", ".join(summary["unused"])} if summary["unused"] else {}),
         **{f"config.{key}": value for key, value in summary["config"].items()},
