@@ -1,0 +1,60 @@
+"""Calls that tests, benchmarks and `rookery doctor` make of wkv6."""
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call: sizes, how fast it forgets, and the lengths of the documents where they are packed in one row."""
+
+    batch: int = 2
+    time: int = 5
+    heads: int = 3
+    key: int = 32
+    value: int = 16
+    decay: float = 1.0
+    """Scale of log_w, which is −decay · e^(normal)."""
+    fresh: bool = False
+    """The state before the first token is zero."""
+    lengths: tuple[int, ...] | None = None
+
+
+CASES = [
+    Case(),
+    Case(batch=1, time=1, heads=1, key=16, value=48),
+    Case(batch=3, time=2, heads=2, value=80),
+    Case(time=17, key=48, value=32, fresh=True),
+    Case(batch=1, time=65, heads=2, key=64, value=64),
+    Case(batch=1, time=130, heads=1, key=128, value=16, decay=0.01),
+    Case(batch=1, time=70, heads=2, decay=30.0),
+    Case(batch=3, time=0),
+    Case(batch=1, time=101, heads=2, lengths=(0, 33, 0, 0, 1, 64, 3, 0)),
+    Case(batch=1, time=0, lengths=(0, 0)),
+    Case(batch=3, time=21, key=8, value=5),
+]
+BENCHMARKS = [Case(batch=8, time=512, heads=4, key=64, value=64, fresh=True)]
+
+
+def make(case: Case, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
+    """The operator's arguments."""
+    tokens = (case.batch, case.time, case.heads)
+    rows = case.batch if case.lengths is None else len(case.lengths)
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    state = normal(rows, case.heads, case.value, case.key)
+    return {
+        "r": normal(*tokens, case.key).to(dtype),
+        "log_w": (-case.decay * normal(*tokens, case.key).exp()).to(wide),
+        "k": (normal(*tokens, case.key) / case.key**0.5).to(dtype),
+        "v": normal(*tokens, case.value).to(dtype),
+        "u": normal(case.heads, case.key).to(dtype),
+        "state": (0 * state if case.fresh else state).to(wide),
+        "cu_seqlens": None if case.lengths is None else torch.tensor([0, *accumulate(case.lengths)]),
+    }
