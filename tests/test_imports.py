@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import rookery
 
 CORE = ("errors", "registry", "families", "tokenizers", "checkpoints", "engine", "cli")
@@ -35,3 +37,16 @@ def test_the_core_imports_neither_torch_nor_slow_libraries():
 
 def test_importing_the_package_imports_nothing_but_the_standard_library():
     assert {name.partition(".")[0] for name in imported_by("import rookery")} <= {"rookery", *sys.stdlib_module_names}
+
+
+def test_what_needs_torch_says_so_where_there_is_none():
+    code = "import sys; sys.modules['torch'] = None; import rookery; rookery.create_model"
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+    said = 'rookery.errors.MissingDependency: rookery.create_model needs torch: pip install "rookery[torch]"'
+    assert done.stderr.splitlines()[-1] == said
+
+
+def test_another_missing_module_is_not_taken_for_torch(monkeypatch):
+    monkeypatch.setitem(rookery._HOME, "load", "rookery.no_such_module")
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        _ = rookery.load

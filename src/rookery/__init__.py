@@ -27,7 +27,15 @@ def __getattr__(name: str) -> Any:
     # imported on first use, so that `import rookery` costs nothing and a core install never looks for torch
     if name not in _HOME:
         raise AttributeError(f"module 'rookery' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    try:
+        home = import_module(_HOME[name])
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        from rookery.errors import MissingDependency
+
+        raise MissingDependency(f'rookery.{name} needs torch: pip install "rookery[torch]"') from error
+    return getattr(home, name)
 
 
 def __dir__() -> list[str]:
