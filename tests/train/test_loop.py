@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rookery.models import create_model, save_model
 from rookery.recipes import recipe
 from rookery.train.checkpoint import load_checkpoint
 from rookery.train.config import overlay
@@ -127,6 +128,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(config
     with pytest.raises(TrainingFailed, match=r"the loss of step \d+ is nan|inf"):
         train(config)
     assert load_checkpoint(Path(config.out) / "checkpoints")["step"] >= 1
+
+
+def test_a_run_may_start_from_a_model(config, tmp_path):
+    train(dataclasses.replace(config, steps=60))
+    first = Path(config.out) / "model.safetensors"
+    second = dataclasses.replace(config, initial=str(first), steps=1, out=str(tmp_path / "second"))
+    train(second)
+    assert losses(second)[0] < losses(config)[0] - 1
+
+
+def test_a_model_with_fewer_tokens_than_the_tokenizer_is_refused(config, tmp_path):
+    save_model(create_model("rwkv7-test"), tmp_path / "small.safetensors")
+    with pytest.raises(ValueError, match="knows 64 tokens, the tokenizer 'bytes' has 256"):
+        train(dataclasses.replace(config, initial=str(tmp_path / "small.safetensors")))
 
 
 def test_no_text_is_an_error_that_says_how_to_give_it(config):

@@ -1,10 +1,12 @@
-"""The model that ships with the package: 4 M parameters that write simple English."""
+"""The model that ships with the package: 4.5 M parameters that write simple English, trained in two stages."""
+
+from dataclasses import replace
 
 from rookery.train.config import DataConfig, OptimConfig, TrainConfig
 
 
 def embedded() -> TrainConfig:
-    """The model that ships with the package: four blocks of width 256 over 2,048 pieces, on children's stories."""
+    """First stage of the model that ships with the package: width 256, on many sampled and few real stories."""
     return TrainConfig(
         model="rwkv7",
         overrides={"hidden_size": 256, "num_hidden_layers": 4},
@@ -21,4 +23,17 @@ def embedded() -> TrainConfig:
         dtype="bfloat16",
         save_every=50,
         validate_every=250,
+    )
+
+
+def embedded_second() -> TrainConfig:
+    """Second stage of the model that ships with the package: real stories alone, at a falling rate."""
+    first = embedded()
+    return replace(
+        first,
+        initial="out/embedded/run/model.safetensors",
+        data=replace(first.data, path="out/embedded/real.jsonl"),
+        optim=replace(first.optim, lr=8e-4, decay_share=1.0, warmup_steps=20),
+        out="out/embedded/second",
+        steps=600,
     )

@@ -57,6 +57,8 @@ class TrainConfig:
     """Registered name."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Fields of the model's config to replace; the vocabulary size follows the tokenizer unless given."""
+    initial: str = ""
+    """Model file to start from; where empty, the model's published initial weights."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     out: str = "out"

@@ -15,7 +15,7 @@ import torch
 
 from rookery.data.text import Corpus, Windows, read_documents, split, tokenize, validation_rows
 from rookery.errors import RookeryError
-from rookery.models import create_model, save_model
+from rookery.models import create_model, load, save_model
 from rookery.nn.language_model import LanguageModel
 from rookery.tokenizers import Tokenizer, load_tokenizer
 from rookery.tokenizers.pairing import NAMES as SHIPPED_TOKENIZERS
@@ -88,11 +88,23 @@ def prepare(config: TrainConfig) -> tuple[Run, Tokenizer]:
     if not config.data.path:
         raise ValueError("no text to train on: give data.path, for example --set data.path=book.txt")
     learned, held_out = texts(config.data)
-    overrides = {"vocab_size": tokenizer.vocab_size, **config.overrides}
-    model = create_model(config.model, seed=config.seed, **overrides)
+    model = starting_model(config, tokenizer.vocab_size)
     optimizer = Optimizer(model, config.optim, getattr(torch, config.dtype))
     windows = Windows(tokenize(learned, tokenizer), config.data.sequence_length, config.seed)
     return Run(config, model, optimizer, windows, tokenize(held_out, tokenizer)), tokenizer
+
+
+def starting_model(config: TrainConfig, vocab_size: int) -> LanguageModel:
+    """The model before the first step, in float32."""
+    if not config.initial:
+        return create_model(config.model, seed=config.seed, **{"vocab_size": vocab_size, **config.overrides})
+    model = load(config.initial, dtype=torch.float32)
+    if model.config.vocab_size < vocab_size:
+        raise ValueError(
+            f"{config.initial!r} knows {model.config.vocab_size} tokens, the tokenizer {config.data.tokenizer!r} has "
+            f"{vocab_size}; give the tokenizer that the model was trained with"
+        )
+    return model
 
 
 def texts(data: DataConfig) -> tuple[list[str], list[str]]:
