@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -137,6 +139,18 @@ def test_what_cannot_be_is_said_in_one_line(generate, flags, message):
     assert (code, out) == (1, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_a_text_is_made_without_torch_and_other_slow_libraries(model_path):
+    code = f"""
+import sys
+from rookery.cli.main import main
+assert main(["generate", "--model", {model_path!r}, "-n", "5", "hello"]) == 0
+print(*sys.modules, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    slow = {"torch", "tokenizers", "huggingface_hub", "tyro", "rich", "llguidance", "gguf", "numpy.random"}
+    assert not {*done.stderr.split()} & slow
 
 
 def test_without_an_embedded_model_a_path_is_asked_for(cli, monkeypatch, tmp_path):

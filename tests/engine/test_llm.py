@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -123,17 +125,56 @@ def test_what_cannot_be_is_refused(path):
         LLM(path, device="abacus")
     with pytest.raises(BadCheckpoint, match="there is no file"):
         LLM(path.parent / "nothing.pth")
-    with pytest.raises(BackendUnavailable, match="isa='avx2' is for the compiled runtime"):
+    with pytest.raises(ValueError, match="isa='avx2' is for the compiled runtime, device='cpu' for torch"):
         LLM(path, isa="avx2", device="cpu")
+    with pytest.raises(UnknownName, match="isa 'abacus' is not one of"):
+        LLM(path, isa="abacus")
 
 
-def test_a_missing_torch_is_named(path, monkeypatch):
-    import sys
+def test_the_compiled_runtime_runs_what_it_knows_and_torch_the_rest(path, tmp_path, caplog):
+    assert LLM(path).runner.name == "native"
+    assert LLM(path, device="cpu").runner.name == "torch"
+    other = tmp_path / "transformer.safetensors"
+    save_model(randomised("transformer-test", dtype=torch.float32, vocab_size=256), other)
+    with caplog.at_level("INFO", "rookery"):
+        llm = LLM(other)
+    assert llm.runner.name == "torch"
+    assert "the compiled runtime runs" in caplog.text
+    assert len(llm.generate("hello", 5, ignore_eos=True)) > 0
+    with pytest.raises(BackendUnavailable, match="the compiled runtime runs"):
+        LLM(other, isa="portable")
 
+
+def test_both_runners_give_the_same_logits(path):
+    tokens = [(7 * i) % 256 for i in range(300)]
+    native, by_torch = LLM(path).logits(tokens), LLM(path, device="cpu").logits(tokens)
+    np.testing.assert_allclose(native, by_torch, rtol=1e-3, atol=1e-3 * np.abs(by_torch).max())
+
+
+@pytest.mark.parametrize("devices", [(None, "cpu"), ("cpu", None)])
+def test_a_session_goes_from_one_runner_to_the_other(path, tmp_path, devices):
+    first, second = (LLM(path, device=device) for device in devices)
+    session = first.session()
+    session.feed("hello")
+    session.generate(10, temperature=0, ignore_eos=True)
+    session.save(tmp_path / "s")
+    moved = second.session(tmp_path / "s")
+    assert moved.tokens_seen == session.tokens_seen == 15
+    texts = [s.generate(20, temperature=0, ignore_eos=True) for s in (session, moved)]
+    assert texts[0] == texts[1]
+    np.testing.assert_allclose(session._at.logits, moved._at.logits, rtol=1e-2, atol=1e-2)
+
+
+def test_a_missing_torch_is_named(path, tmp_path, monkeypatch):
+    other = tmp_path / "transformer.safetensors"
+    save_model(randomised("transformer-test", dtype=torch.float32), other)
     for name in ("torch", "rookery.engine.runners.torch"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingDependency, match=r'pip install "rookery\[torch\]"'):
         LLM(path, device="cpu")
+    with pytest.raises(MissingDependency, match=r'the compiled runtime runs .* pip install "rookery\[torch\]"'):
+        LLM(other)
+    assert LLM(path).runner.name == "native"
 
 
 CHAT = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import os
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from rookery.tokenizers import Tokenizer
     from rookery.tokenizers.chat import ChatTemplate
 
+log = logging.getLogger("rookery")
+
 EMBEDDED = Path(__file__).parents[1] / "assets" / "embedded"
 """Folder of the model that comes with the package."""
 FORMATS: tuple[str, ...] = ()
@@ -30,10 +33,12 @@ class LLM:
     """A language model, ready to generate. Without a path, the small one that comes with the package.
 
     `path` is a model file or folder of any format that `open_checkpoint` reads; weights keep the file's precision.
-    `threads` is for the CPU. `device` ("cpu", "cuda", …) says where the model runs. `tokenizer` is a tokenizer, or the
-    name or file of one; left out, it is found when text is first needed. `template` names the form of a conversation
-    that the model was trained on ("g1", "world", "raven"), where its file name does not tell.
-    Raises BadCheckpoint for what is no model, or MissingDependency for what cannot run here.
+    `threads` (every core that this process may use) is for the CPU, `isa` ("avx2", …; the best one that the machine
+    has) for the compiled runtime. `device` ("cpu", "cuda", …) runs the model with torch there; without it torch runs
+    what the compiled runtime does not know. `tokenizer` is a tokenizer, or the name or file of one; left out, it is
+    found when text is first needed. `template` names the form of a conversation that the model was trained on ("g1",
+    "world", "raven"), where its file name does not tell. Raises BadCheckpoint for what is no model, BackendUnavailable
+    or MissingDependency for what cannot run here.
     """
 
     def __init__(
@@ -179,13 +184,26 @@ def model_path(path: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
 
 
 def _runner(checkpoint: Checkpoint, threads: int | None, isa: str | None, device: str | None) -> Runner:
+    """The model on `device`, or on the compiled runtime where that can run it, or with torch on the CPU."""
     if checkpoint.family.kind != "language":
         raise BadCheckpoint(
             f"{checkpoint.path!r} is a model of kind {checkpoint.family.kind!r}; LLM runs language models"
         )
-    if isa is not None:
-        raise BackendUnavailable(f"isa={isa!r} is for the compiled runtime; leave it out to run with torch")
-    return _torch_runner(checkpoint, threads, device or "cpu", "the model is to run with torch")
+    if device is not None:
+        if isa is not None:
+            raise ValueError(
+                f"isa={isa!r} is for the compiled runtime, device={device!r} for torch; give one of the two"
+            )
+        return _torch_runner(checkpoint, threads, device, f"device={device!r} was given")
+    from rookery.engine.runners.native import NativeRunner
+
+    try:
+        return NativeRunner(checkpoint, threads=threads, isa=isa)
+    except BackendUnavailable as reason:
+        if isa is not None:
+            raise
+        log.info("%s; torch runs it", reason)
+        return _torch_runner(checkpoint, threads, "cpu", str(reason))
 
 
 def _torch_runner(checkpoint: Checkpoint, threads: int | None, device: str, reason: str) -> Runner:
@@ -193,6 +211,6 @@ def _torch_runner(checkpoint: Checkpoint, threads: int | None, device: str, reas
         from rookery.engine.runners.torch import TorchRunner
     except ImportError as error:
         raise MissingDependency(
-            f'{reason}, which needs torch, and that is not installed ({error}); pip install "rookery[torch]"'
+            f'{reason}; torch could run the model, but {error}; pip install "rookery[torch]"'
         ) from None
     return TorchRunner.load(checkpoint.path, device=device, threads=threads)
