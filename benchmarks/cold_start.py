@@ -24,7 +24,8 @@ def main() -> None:
     model = ["--model", args.model] if args.model else []
     # what the installed `rookery` script does, with this interpreter
     command = "import sys; from rookery.cli.main import main; sys.exit(main())"
-    generate = [sys.executable, "-c", command, "generate", "--max-tokens", "1", "--temperature", "0", *model, "Once upon"]
+    options = ["--max-tokens", "1", "--temperature", "0", *model]
+    generate = [sys.executable, "-c", command, "generate", *options, "Once upon"]
     commands = {
         "rookery generate": generate,
         "rookery --help": [sys.executable, "-c", command, "--help"],
