@@ -1,7 +1,6 @@
 """Writing a file so that it is whole or absent, whatever happens in between."""
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +13,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     An error, an interruption or a full disk leaves `path` as it was and removes the temporary file. The data is flushed
     to the disk before the rename, so that a power cut cannot leave an empty file of the right name.
     """
+    import tempfile  # here: readers import this file, too, and a short answer should not wait for it
+
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}; make it first")

@@ -4,7 +4,6 @@ Tensor names are "layers.<i>.<field>" and "shared.<field>" plus "tokens_seen" (i
 [rows, head, value, key]. A session's file also has "session.<name>": what a conversation keeps beside the state.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -33,6 +32,8 @@ def fingerprint(family: str, config: Any, embedding: np.ndarray, final_norm: np.
     `embedding` holds the first 16 rows of the embedding (before any folding), `final_norm` the last norm's weight; both
     are rounded to bfloat16 first, so that a float32 copy of a bfloat16 file is the same model.
     """
+    import hashlib  # here: most answers need no fingerprint and should not wait for it
+
     digest = hashlib.sha256(json.dumps([family, sizes(config)], sort_keys=True).encode())
     for sample in (embedding[:16], final_norm):
         digest.update(np.ascontiguousarray(sample, dtype=np.float32).astype(ml_dtypes.bfloat16).tobytes())
@@ -75,6 +76,8 @@ def read_state(path: str | os.PathLike[str], *, model: str) -> dict[str, np.ndar
 
 
 def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    import hashlib
+
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
