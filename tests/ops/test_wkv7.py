@@ -4,8 +4,9 @@ import pytest
 import torch
 from support import contract
 
+from rookery.errors import BackendUnavailable
 from rookery.ops.dispatch import native_module
-from rookery.ops.wkv7 import OP, wkv7
+from rookery.ops.wkv7 import OP, chunked, wkv7
 from rookery.ops.wkv7.cases import Case
 
 needs_native = pytest.mark.skipif(isinstance(native_module(), str), reason=str(native_module()))
@@ -72,6 +73,22 @@ def test_decay_to_nothing_forgets_and_what_is_not_a_number_stays_so():
             assert y[0].isfinite().all()
             assert y[1, 2].isnan().all()
             assert state[1].isnan().all()
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 16, 300])
+@pytest.mark.parametrize("case", [Case(time=50, heads=2), PACKED], ids=["rows", "packed"])
+def test_the_chunked_backend_does_not_depend_on_the_size_of_its_chunks(chunk, case):
+    call = arguments(case, torch.float64)
+    got = contract.results(chunked.wkv7, call, chunk=chunk)
+    contract.assert_within(got, contract.expected("wkv7", case, torch.float64), 1e-9, 1e-12)
+
+
+def test_a_decay_too_strong_for_chunks_is_refused_by_name_and_goes_to_the_definition():
+    call = arguments(dtype=torch.float64)
+    call["log_w"][0, 0, 0, 0] = -30.0
+    assert OP.pick(None, **call).name == "reference"
+    with pytest.raises(BackendUnavailable, match=r"goes down to -30, and chunks of 64 tokens need -2.5 or more"):
+        wkv7(**call, backend="chunked")
 
 
 @needs_native

@@ -10,9 +10,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rookery.ops.dispatch import Backend, Op
-from rookery.ops.wkv7 import native, reference
+from rookery.ops.wkv7 import chunked, native, reference
 
-OP = Op("wkv7", [Backend("native", native.wkv7, native.why_not), Backend("reference", reference.wkv7)])
+OP = Op(
+    "wkv7",
+    [
+        Backend("native", native.wkv7, native.why_not),
+        Backend("chunked", chunked.wkv7, chunked.why_not),
+        Backend("reference", reference.wkv7),
+    ],
+)
 
 
 def wkv7(
