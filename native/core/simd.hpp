@@ -5,7 +5,7 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
 
@@ -57,12 +57,16 @@ inline vfloat load(const float16* p) {
 #endif
 }
 
-// Rounds to the nearest bfloat16, ties to even; not a number stays one.
+// Rounds to the nearest bfloat16, ties to even; not a number stays one. AVX-512 takes subnormal numbers for zero.
 inline void store(std::uint16_t* p, vfloat v) {
+#if defined(__AVX512BF16__)
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+#else
   const vint bits = (vint)v;
   const vint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const vint kept = v == v ? rounded : (bits >> 16) | 0x40;
   const vhalf h = __builtin_convertvector(kept, vhalf);
+#endif
   std::memcpy(p, &h, sizeof h);
 }
 

@@ -29,7 +29,7 @@ CASES = [
 ]
 # probabilities are rounded to bfloat16 before they are multiplied with features and weights
 BUDGET = {name: {torch.bfloat16: (4e-3, 1e-2)} for name in ("native", "chunked")}
-BENCHMARK = Case(tokens=16 * 512, channels=256, vocabulary=2048, l2wrap=1e-4)
+BENCHMARKS = [Case(tokens=16 * 512, channels=256, vocabulary=2048, l2wrap=1e-4)]
 
 
 def make(case: Case, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:

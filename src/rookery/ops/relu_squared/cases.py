@@ -15,7 +15,7 @@ class Case:
 
 
 CASES = [Case(), Case((1,)), Case((0, 3)), Case((3, 1, 7)), Case((2, 33, 1027)), Case((4, 40), scale=30.0)]
-BENCHMARK = Case((16, 512, 1024))
+BENCHMARKS = [Case((16, 512, 1024))]
 
 
 def make(case: Case, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:

@@ -28,7 +28,7 @@ CASES = [
     Case(batch=1, time=0, channels=20, lengths=(0, 0)),
     Case(batch=1, time=300, channels=33, mixes=6, lengths=(15, 1, 0, 100, 17, 16, 151)),
 ]
-BENCHMARK = Case(batch=16, time=512, channels=256, mixes=6)
+BENCHMARKS = [Case(batch=16, time=512, channels=256, mixes=6)]
 
 
 def make(case: Case, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:

@@ -27,7 +27,7 @@ CASES = [
     Case(time=7, head_dim=16, logit_scale=30.0),
     Case(time=7, head_dim=16, vanishing_keys=True),
 ]
-BENCHMARK = Case(batch=16, time=512, heads=4, head_dim=64)
+BENCHMARKS = [Case(batch=16, time=512, heads=4, head_dim=64)]
 
 
 def make(case: Case, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:

@@ -27,7 +27,7 @@ CASES = [
     Case(time=7, head_dim=16, scale=30.0, offset=10.0),
     Case(time=7, head_dim=16, scale=0.0, offset=2.0),  # no variance: eps decides
 ]
-BENCHMARK = Case(batch=16, time=512, heads=4, head_dim=64)
+BENCHMARKS = [Case(batch=16, time=512, heads=4, head_dim=64)]
 
 
 def make(case: Case, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
