@@ -48,23 +48,22 @@ def assert_within(got: dict, want: dict, budget: float) -> None:
         )
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 4096])
+@pytest.mark.parametrize("chunk", [1, 7])
 @pytest.mark.parametrize(("dtype", "name"), [(torch.float64, "chunked"), *((torch.float32, name) for name in RUNS)])
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
-def test_loss_and_gradients_are_those_of_the_definition(case, dtype, name, chunk):
+def test_chunks_add_up_to_the_definition(case, dtype, name, chunk):
     function, options = RUNS[name]
     arguments = arguments_of(case, dtype)
     want = run(reference.linear_cross_entropy, in_float64(arguments))
     assert_within(run(function, arguments, chunk=chunk, **options), want, BUDGET[dtype])
 
 
-@pytest.mark.parametrize("chunk", [7, 4096])
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("case", [case for case in CASES if case.logit_scale == 1], ids=str)
-def test_bfloat16_stays_within_its_budget(case, name, chunk):
+def test_bfloat16_stays_within_its_budget_chunk_by_chunk(case, name):
     function, options = RUNS[name]
     arguments = arguments_of(case, torch.bfloat16)
-    got = run(function, arguments, chunk=chunk, **options)
+    got = run(function, arguments, chunk=7, **options)
     assert {x: got[x].dtype for x in got} == {
         "loss": torch.float32,
         "features": torch.bfloat16,
