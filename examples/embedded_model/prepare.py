@@ -1,4 +1,4 @@
-"""Turns sampled stories and plain text into what the recipes "embedded" and "embedded-second" read.
+"""Turns sampled stories and plain text into what the recipe "embedded" reads.
 
     python examples/embedded_model/prepare.py out/stories out/embedded --text tinystories.txt --keep 0.65
 
@@ -42,11 +42,11 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--text", type=Path, nargs="*", default=[], help="plain text files to add")
     parser.add_argument("--keep", type=float, default=0.65)
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--held-out", type=float, default=0.02)
     parser.add_argument("--pieces", type=int, default=2048)
     given = parser.parse_args()
-    learned, real, held_out = [], [], {}
+    learned, held_out = [], {}
     sources = {"sampled": best_stories(given.sampled, given.keep)} | {path.stem: documents(path) for path in given.text}
     shuffled = random.Random(0)
     for name, stories in sources.items():
@@ -54,12 +54,10 @@ def main() -> None:
         cut = len(stories) - max(1, round(given.held_out * len(stories)))
         held_out[name] = stories[cut:]
         learned += stories[:cut] * (1 if name == "sampled" else given.repeat)
-        real += [] if name == "sampled" else stories[:cut]
         print(f"{name}: {len(stories)} stories, {sum(map(len, stories)):,} characters")
     shuffled.shuffle(learned)
     given.out.mkdir(parents=True, exist_ok=True)
     write(given.out / "stories.jsonl", learned)
-    write(given.out / "real.jsonl", real)
     write(given.out / "held-out.jsonl", [story for stories in held_out.values() for story in stories])
     for name, stories in held_out.items():
         write(given.out / f"held-out-{name}.jsonl", stories)

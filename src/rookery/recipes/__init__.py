@@ -3,15 +3,11 @@
 from collections.abc import Callable
 
 from rookery.errors import unknown
-from rookery.recipes.embedded import embedded, embedded_second
+from rookery.recipes.embedded import embedded
 from rookery.recipes.tiny_test import tiny_test
 from rookery.train.config import TrainConfig
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {
-    "embedded": embedded,
-    "embedded-second": embedded_second,
-    "tiny-test": tiny_test,
-}
+RECIPES: dict[str, Callable[[], TrainConfig]] = {"embedded": embedded, "tiny-test": tiny_test}
 
 
 def recipe(name: str) -> TrainConfig:
