@@ -33,7 +33,7 @@ class LLM:
     """A language model, ready to generate. Without a path, the small one that comes with the package.
 
     `path` is a model file or folder of any format that `open_checkpoint` reads; weights keep the file's precision.
-    `threads` (every core that this process may use) is for the CPU, `isa` ("avx2", …; the best one that the machine
+    `threads` (all cores, or one for a small model) is for the CPU, `isa` ("avx2", …; the best one that the machine
     has) for the compiled runtime. `device` ("cpu", "cuda", …) runs the model with torch there; without it torch runs
     what the compiled runtime does not know. `tokenizer` is a tokenizer, or the name or file of one; left out, it is
     found when text is first needed. `template` names the form of a conversation that the model was trained on ("g1",
@@ -56,7 +56,7 @@ class LLM:
             supported = ", ".join(map(repr, FORMATS)) or "None, which keeps the precision of the file"
             raise UnknownName(f"quantize={quantize!r} is not supported; supported: {supported}")
         if threads is not None and threads < 1:
-            raise ValueError(f"threads must be 1 or more, got {threads}; leave it out to use every core")
+            raise ValueError(f"threads must be 1 or more, got {threads}; leave it out to let the model's size decide")
         from rookery.checkpoints.checkpoint import open_checkpoint
 
         checkpoint = open_checkpoint(model_path(path))

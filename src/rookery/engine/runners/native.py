@@ -20,6 +20,9 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16, "float16": np.d
 FAMILIES = ("rwkv7",)
 """Families that the runtime knows."""
 
+SMALL = 64 << 20
+"""Bytes of weights below which cores would wait for each other longer than they read; on a busy machine, ten times."""
+
 
 class NativeRowState:
     """One sequence's state: all its numbers in one float32 array, in the runtime's order."""
@@ -58,7 +61,7 @@ class NativeRowState:
 class NativeRunner:
     """A model file behind the engine's protocol.
 
-    `threads` (every core that this process may use), `isa` ("avx2", …; the best one that this machine has) and `dtype`
+    `threads` (all cores, or one for a small model), `isa` ("avx2", …; the best that this machine has) and `dtype`
     ("float32", "bfloat16", "float16"; that of the file) may be chosen. Weights of the file that can be used as they are
     stay in the mapped file. Logits do not depend on `threads`, nor on how tokens are cut into calls and batches.
     Raises BackendUnavailable for a family that the runtime does not know, UnknownName for another `isa` or `dtype`.
@@ -94,10 +97,11 @@ class NativeRunner:
             raise UnknownName(f"isa {isa!r} is not one of this machine's: {', '.join(_native.available_isas())}")
         self.family = checkpoint.family.name
         self.config: RWKV7Config = checkpoint.config
-        self.threads = threads or _native.available_cores()
         self._fingerprint = checkpoint.fingerprint
         wanted = DTYPES[dtype] if dtype else None
         tensors = {name: _usable(checkpoint[name], wanted) for name in checkpoint}
+        small = sum(tensor.nbytes for tensor in tensors.values()) < SMALL
+        self.threads = threads or (1 if small else _native.available_cores())
         self._model = _native.Rwkv7(asdict(self.config), tensors, isa or "", self.threads)
 
     @property
