@@ -1,6 +1,6 @@
 """The loss curve of the embedded model.
 
-    python examples/embedded_model/plot.py out/embedded/run/metrics.jsonl loss.png
+python examples/embedded_model/plot.py out/embedded/run/metrics.jsonl loss.png
 """
 
 import argparse
