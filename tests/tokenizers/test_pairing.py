@@ -100,3 +100,9 @@ def test_gguf_form_of_the_world_vocabulary_is_the_world_vocabulary():
     world = load_tokenizer("world")
     escaped = ["<s>", *(repr(piece)[2:-1] for piece in world.pieces.values())]
     assert from_gguf_tokens(escaped).pieces == world.pieces
+
+
+@pytest.mark.parametrize("name", ["../vocab.txt", "/etc/passwd", "a/b.txt", "..", "a\\b"])
+def test_metadata_name_a_file_beside_the_model_and_nothing_else(tmp_path, name):
+    with pytest.raises(BadTokenizer, match="which is no plain file name"):
+        resolve(vocab_size=300, path=tmp_path, metadata={"tokenizer": name})

@@ -4,7 +4,8 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from rookery.errors import BadCheckpoint
 from rookery.families.base import Family
 from rookery.registry import families, recognise
 
-ONLY_LAYOUT = {"ggmf": "ggmf"}
+ONLY_LAYOUT = {"ggmf": "ggmf", "gguf": "gguf"}
 """Formats whose files have one naming scheme; any other may hold official names or a foreign scheme."""
 
 
@@ -43,6 +44,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
     """Official name -> tensor, in the family's order and with the family's shapes."""
     unused: tuple[str, ...] = ()
     """Tensors that the file carries and the model does not use."""
+    kept: Mapping[str, Stored] = field(default_factory=dict)
+    """These tensors themselves, for whoever writes the model again."""
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.tensors[name].read()
@@ -89,7 +92,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     by name.
     """
     where = os.fspath(path)
-    source = read_folder(path) if os.path.isdir(path) else read_file(path)
+    source = read_folder(path) if os.path.isdir(path) else with_sidecar(read_file(path), where)
     try:
         return _understood(source, where)
     except BadCheckpoint as refused:
@@ -101,15 +104,30 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         ) from None
 
 
+def with_sidecar(source: Source, where: str) -> Source:
+    """`source` with the metadata of PATH.json, which `convert` writes beside files that cannot carry any."""
+    sidecar = Path(where + ".json")
+    if "rookery" in source.metadata or not sidecar.is_file():
+        return source
+    try:
+        beside = json.loads(sidecar.read_bytes())
+    except (ValueError, RecursionError):
+        raise BadCheckpoint(f"{str(sidecar)!r}, which describes the model, is not JSON; remove it") from None
+    if not isinstance(beside, dict) or "rookery" not in beside:
+        return source
+    told = {key: value for key, value in beside.items() if isinstance(value, str)}
+    return replace(source, metadata={**source.metadata, **told})
+
+
 def _understood(source: Source, where: str) -> Checkpoint:
     if source.metadata.get("format", "").startswith("rookery-state"):
         raise BadCheckpoint("this is the state of a model, not a model")
     layout, tensors, family = _named_officially(source)
     used = {name: tensor for name, tensor in tensors.items() if not family.is_unused(name)}
-    unused = tuple(name for name in tensors if name not in used)
+    kept = {name: tensor for name, tensor in tensors.items() if name not in used}
     config = _config(family, source, used, layout)
     fitted = _fitted(family, config, used)
-    return Checkpoint(where, source.format, layout, family, config, source.metadata, fitted, unused)
+    return Checkpoint(where, source.format, layout, family, config, source.metadata, fitted, tuple(kept), kept)
 
 
 def _named_officially(source: Source) -> tuple[str, dict[str, Stored], Family]:
@@ -124,7 +142,10 @@ def _named_officially(source: Source) -> tuple[str, dict[str, Stored], Family]:
         for name, layout in family.layouts.items():
             if name != only and (only is not None or name in ONLY_LAYOUT.values()):
                 continue
-            tensors = from_foreign(layout, source.tensors)
+            try:
+                tensors = from_foreign(layout, source.tensors)
+            except (LookupError, ValueError):  # another family's tensors under the same name: a stack of another size
+                continue
             if family.recognise({name: tensor.shape for name, tensor in tensors.items()}):
                 return name, tensors, family
     if only is None:

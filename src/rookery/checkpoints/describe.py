@@ -24,7 +24,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     sizes: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
         sizes[tensor.encoding] += tensor.nbytes
-    own = {"format", "rookery", "family", "config", "fingerprint", "tokenizer"}
+    own = {"format", "rookery", "family", "config", "fingerprint", "tokenizer", "tokenizer.ggml.tokens"}
     return {
         "path": checkpoint.path,
         "format": checkpoint.format,

@@ -43,9 +43,11 @@ def _reader(start: bytes, path: Path) -> Callable[[str | os.PathLike[str]], Sour
         return read_ggmf
     if start[8:9] == b"{" or not start:  # an empty file is reported as such by any reader
         return read_safetensors
-    where = str(path)
     if start[:4] == b"GGUF":
-        raise BadCheckpoint(f"{where!r} is a GGUF file; use the .pth or .safetensors file that it was made from")
+        from rookery.checkpoints.gguf import read_gguf
+
+        return read_gguf
+    where = str(path)
     from rookery.checkpoints.llama2c import is_llama2c, read_llama2c_source
 
     if is_llama2c(path):
@@ -56,5 +58,5 @@ def _reader(start: bytes, path: Path) -> Callable[[str | os.PathLike[str]], Sour
             "and save it again: torch.save(torch.load(path, weights_only=True), new_path)"
         )
     raise BadCheckpoint(
-        f"{where!r} is no model file of a known format (pth, safetensors, ggmf); it starts with {start!r}"
+        f"{where!r} is no model file of a known format (pth, safetensors, gguf, ggmf); it starts with {start!r}"
     )

@@ -70,6 +70,9 @@ def _hints(config: Path) -> dict[str, Any]:
     width, heads = hints.get("hidden_size"), hints.get("num_attention_heads")
     if type(width) is int and type(heads) is int and heads > 0:
         hints.setdefault("head_dim", width // heads)
+    for theirs, ours in (("layer_norm_epsilon", "layer_norm_eps"), ("norm_eps", "layer_norm_eps")):
+        if theirs in hints:
+            hints.setdefault(ours, hints[theirs])
     return hints
 
 

@@ -6,14 +6,18 @@ float32: 32 weights share a scale, and in some types a minimum.
 
 import math
 import os
+import struct
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from rookery.checkpoints.source import Source, Stored, map_file, plain, short
+from rookery.checkpoints.atomic import replacing
+from rookery.checkpoints.source import Source, Stored, map_file, plain, short, write_values
 from rookery.errors import BadCheckpoint
 
+MAGIC = 0x67676D66
 HEADER = 24
 """Bytes: magic, version, vocabulary, width, layers, type."""
 VERSIONS = (100, 101)
@@ -126,3 +130,17 @@ def _floats(blocks: np.ndarray, packed: Packed, shape: tuple[int, ...]) -> np.nd
         if packed.has_minimum:
             weights += records["minimum"][:, None].astype(np.float32)
     return weights.reshape(shape)
+
+
+def write_ggmf(
+    path: str | os.PathLike[str], tensors: Mapping[str, Stored], *, vocab_size: int, width: int, layers: int
+):
+    """Writes float32 and float16 `tensors`, named and shaped as rwkv.cpp wants them; the file is whole or absent."""
+    kinds = {dtype: kind for kind, dtype in PLAIN.items()}
+    most = max(kinds[tensor.dtype] for tensor in tensors.values())
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(struct.pack("<6i", MAGIC, VERSIONS[-1], vocab_size, width, layers, most))
+        for name, tensor in tensors.items():
+            label, shape = name.encode(), tensor.shape[::-1]
+            file.write(struct.pack(f"<{3 + len(shape)}i", len(shape), len(label), kinds[tensor.dtype], *shape) + label)
+            write_values(file, tensor)

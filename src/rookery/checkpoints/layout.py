@@ -23,12 +23,22 @@ class Step:
     """True if numbers only change places (a view); False if they change value and keep their places."""
 
 
+def _blocks(x: np.ndarray, order: tuple[int, ...]) -> np.ndarray:
+    return x.reshape(len(order), -1, *x.shape[1:])[list(order)].reshape(x.shape)
+
+
 STEPS = {
     "transpose": Step(lambda x: x.swapaxes(-1, -2), lambda x: x.swapaxes(-1, -2)),
     # whoever reads compares shapes without their ones, so there is nothing to undo
     "squeeze": Step(np.squeeze, lambda x: x),
     "drop_axis_1": Step(lambda x: x[:, 0], lambda x: x[:, None]),
     "column": Step(lambda x: x[..., None], lambda x: x[..., 0]),
+    "flat": Step(lambda x: x.reshape(-1), lambda x: x.reshape(-1)),
+    # only the reader of the file knows how large a head is: it has cut them apart already
+    "join_heads": Step(lambda x: x.reshape(-1), lambda x: x),
+    "join_five": Step(lambda x: x.reshape(-1, x.shape[-1]), lambda x: x.reshape(5, -1, x.shape[-1])),
+    # five blocks of rows, w k v r g outside fla and r w k v g in it
+    "r_first": Step(partial(_blocks, order=(3, 0, 1, 2, 4)), partial(_blocks, order=(1, 2, 3, 0, 4))),
     "exp": Step(np.exp, np.log, moves=False),
     "negative_exp": Step(lambda x: -np.exp(x), lambda x: np.log(-x), moves=False),
     "exp_negative_exp": Step(lambda x: np.exp(-np.exp(x)), lambda x: np.log(-np.log(x)), moves=False),

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from rookery.checkpoints.atomic import replacing
-from rookery.checkpoints.source import BFLOAT16, Source, Stored, check_shape, map_file, plain, short
+from rookery.checkpoints.source import BFLOAT16, Source, Stored, check_shape, map_file, plain, short, write_values
 from rookery.errors import BadCheckpoint
 
 CONVENTION = "model-1"
@@ -106,9 +106,7 @@ def write_safetensors(
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            tensor = tensors[name]
-            values = tensor.read() if isinstance(tensor, Stored) else tensor
-            file.write(np.ascontiguousarray(values).view(np.uint8).data if values.size else b"")
+            write_values(file, tensors[name])
 
 
 def write_model(

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -85,3 +86,9 @@ def short(name: object) -> str:
 def in_memory(array: np.ndarray) -> Stored:
     """A tensor that has been read already."""
     return Stored(array.shape, array.dtype, lambda: array, array.dtype.name, array.nbytes)
+
+
+def write_values(file: BinaryIO, tensor: Stored | np.ndarray) -> None:
+    """Writes the numbers of one tensor, in C order, without a second copy of them."""
+    values = tensor.read() if isinstance(tensor, Stored) else tensor
+    file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data if values.size else b"")

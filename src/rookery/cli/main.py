@@ -15,6 +15,7 @@ VERBS = {
     "chat": "talk to a model that was trained to",
     "train": "train a model from a recipe, or go on where it stopped",
     "recipes": "list the named training runs",
+    "convert": "turn a model file into another format",
     "inspect": "say what a model file is",
     "models": "list the models that can be made by name",
     "tokenize": "show or count the tokens of a text",

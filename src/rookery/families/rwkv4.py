@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from rookery.errors import BadCheckpoint
 from rookery.families.base import Family, Shapes, recurrent_nbytes, sizes_from, skeleton_shapes
 from rookery.families.layout import Layout, Rule
+from rookery.families.published import HF_4_5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,5 +103,5 @@ FAMILY = Family(
     recognise=recognise,
     config_from_shapes=config_from_shapes,
     tensor_shapes=tensor_shapes,
-    layouts={"ggmf": GGMF},
+    layouts={"ggmf": GGMF, "hf": HF_4_5},
 )

@@ -6,6 +6,7 @@ from typing import Literal
 from rookery.errors import BadCheckpoint
 from rookery.families.base import Family, Shapes, recurrent_nbytes, sizes_from, skeleton_shapes
 from rookery.families.layout import Layout, Rule
+from rookery.families.published import HF_4_5, WEB_5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,10 @@ def tensor_shapes(config: RWKV5Config) -> dict[str, tuple[int, ...]]:
 
 
 def recognise(shapes: Shapes) -> bool:
-    return "blocks.0.att.time_mix_k" in shapes and "blocks.0.att.ln_x.weight" in shapes
+    # a bonus of its own for every channel came after the name time_faaaa: web-rwkv gives it the older one again
+    first = shapes.get("blocks.0.att.time_first", ())
+    renamed = len(first) > 1 and first[1] > 1
+    return "blocks.0.att.time_mix_k" in shapes and "blocks.0.att.ln_x.weight" in shapes and not renamed
 
 
 def config_from_shapes(shapes: Shapes) -> RWKV5Config:
@@ -140,5 +144,5 @@ FAMILY = Family(
     recognise=recognise,
     config_from_shapes=config_from_shapes,
     tensor_shapes=tensor_shapes,
-    layouts={"ggmf": GGMF},
+    layouts={"ggmf": GGMF, "hf": HF_4_5, "web-rwkv": WEB_5},
 )

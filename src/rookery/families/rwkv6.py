@@ -6,6 +6,7 @@ from typing import Literal
 from rookery.errors import BadCheckpoint
 from rookery.families.base import Family, Shapes, recurrent_nbytes, sizes_from, skeleton_shapes
 from rookery.families.layout import Layout, Rule
+from rookery.families.published import FLA_6, GGUF_6, HF_6, WEB_6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +146,7 @@ AT = "blocks.{layer}.att."
 GGMF = Layout(
     rules=(
         Rule(AT + "time_faaaa", AT + "time_faaaa", ("column",)),
+        Rule(AT + "time_decay", AT + "time_decay", ("flat",)),
         *(
             Rule(AT + name, AT + name, ("transpose",))
             for name in ("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2")
@@ -189,5 +191,5 @@ FAMILY = Family(
     recognise=recognise,
     config_from_shapes=config_from_shapes,
     tensor_shapes=tensor_shapes,
-    layouts={"ggmf": GGMF},
+    layouts={"ggmf": GGMF, "gguf": GGUF_6, "hf": HF_6, "fla": FLA_6, "web-rwkv": WEB_6},
 )

@@ -6,6 +6,7 @@ from typing import Literal
 from rookery.errors import BadCheckpoint
 from rookery.families.base import Family, Shapes, recurrent_nbytes, sizes_from, skeleton_shapes
 from rookery.families.layout import Layout, Rule
+from rookery.families.published import GGUF_7, WEB_7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,10 @@ def tensor_shapes(config: RWKV7Config) -> dict[str, tuple[int, ...]]:
 def recognise(shapes: Shapes) -> bool:
     # 7a, 7b and the RWKV-8 previews carry these tensors too, plus tables that plain RWKV-7 has no place for
     extra = ("ffn.s_emb.weight", "qkv.qq.weight", "ffn.enn.weight")
-    return "blocks.0.att.r_k" in shapes and not any(name.endswith(extra) for name in shapes)
+    # web-rwkv transposes the low-rank factors: [rank, width]
+    width, rows = shapes.get("emb.weight", (0,))[-1], shapes.get("blocks.0.att.w1", (0,))[0]
+    transposed = rows != width == shapes.get("blocks.0.att.w1", (0,))[-1]
+    return "blocks.0.att.r_k" in shapes and not transposed and not any(name.endswith(extra) for name in shapes)
 
 
 def config_from_shapes(shapes: Shapes) -> RWKV7Config:
@@ -217,5 +221,5 @@ FAMILY = Family(
     config_from_shapes=config_from_shapes,
     tensor_shapes=tensor_shapes,
     is_unused=is_unused,
-    layouts={"ggmf": GGMF, "fla": FLA},
+    layouts={"ggmf": GGMF, "gguf": GGUF_7, "fla": FLA, "web-rwkv": WEB_7},
 )

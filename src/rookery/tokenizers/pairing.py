@@ -114,6 +114,9 @@ def _told(source: Mapping[str, Any], place: Path | None, vocab_size: int) -> Tok
     name = source.get("tokenizer")
     if isinstance(name, str) and name:
         folder = Path() if place is None else place if place.is_dir() else place.parent
+        # a file may name what lies beside it and nothing else: "../../secret" or "/etc/x" is an attack
+        if name not in NAMES and (Path(name).name != name or "\\" in name or name == ".."):
+            raise BadTokenizer(f"the model's metadata name the tokenizer {name[:100]!r}, which is no plain file name.")
         return load_tokenizer(name if name in NAMES else folder / name)
     # a World model's list is the vocabulary that is here already
     if source.get("tokenizer.ggml.model") == "rwkv" and "tokenizer.ggml.tokens" in source and vocab_size not in ROWS:

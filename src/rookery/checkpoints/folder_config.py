@@ -1,0 +1,76 @@
+"""The config.json of folders that transformers and flash-linear-attention read (core.md 2.2)."""
+
+from typing import Any
+
+
+def config_json(family: str, layout: str, config: Any, dtype: str) -> dict[str, Any]:
+    """Settings of a model for the layout "hf" or "fla"; what only we read has the names of our config's fields."""
+    shared = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "intermediate_size": config.intermediate_size,
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+    if layout == "hf":
+        return shared | _hugging_face(family, config)
+    heads = {
+        "attn_mode": "chunk",
+        "num_heads": config.num_heads,
+        "norm_first": True,
+        "norm_bias": True,
+        "norm_eps": config.layer_norm_eps,
+        "fuse_norm": True,
+        "fuse_cross_entropy": True,
+        "hidden_act": "sqrelu",
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "hidden_ratio": config.intermediate_size / config.hidden_size,
+    }
+    return shared | heads | (_fla_6(config) if family == "rwkv6" else _fla_7(config))
+
+
+def _hugging_face(family: str, config: Any) -> dict[str, Any]:
+    kinds = {"rwkv4": ("rwkv", "RwkvForCausalLM"), "rwkv5": ("rwkv5", "Rwkv5ForCausalLM")}
+    kind, name = kinds.get(family, ("rwkv6", "Rwkv6ForCausalLM"))
+    settings = {
+        "architectures": [name],
+        "model_type": kind,
+        "attention_hidden_size": config.hidden_size,
+        "layer_norm_epsilon": config.layer_norm_eps,
+        "rescale_every": 6,
+        "context_length": 4096,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    if family != "rwkv4":
+        settings |= {"head_size": config.head_dim, "head_size_divisor": 8}
+    return settings
+
+
+def _fla_7(config: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["RWKV7ForCausalLM"],
+        "model_type": "rwkv7",
+        "head_dim": config.head_dim,
+        "decay_low_rank_dim": config.decay_rank,
+        "a_low_rank_dim": config.rate_rank,
+        "v_low_rank_dim": config.value_rank,
+        "gate_low_rank_dim": config.gate_rank,
+        "value_dim": [config.hidden_size] * config.num_hidden_layers,
+        "use_l2warp": False,
+    }
+
+
+def _fla_6(config: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["RWKV6ForCausalLM"],
+        "model_type": "rwkv6",
+        "expand_k": 1.0,
+        "expand_v": 1.0,
+        "proj_low_rank_dim": config.mix_rank,
+        "gate_low_rank_dim": config.decay_rank,  # fla's name for the rank of the decay
+        "group_norm_eps": config.group_norm_eps,
+    }
