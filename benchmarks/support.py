@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+EXTENSIONS = ("fma", "avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "asimd", "sve")
+"""Instruction sets that explain a processor's figures."""
 
 
 def _cpu() -> str:
@@ -24,6 +26,15 @@ def _cpu() -> str:
     except OSError:  # not Linux
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _extensions() -> list[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return []
+    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    return [flag for flag in EXTENSIONS if flag in flags]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +47,8 @@ class Machine:
     """The processor, or the GPU given by the benchmark."""
     cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     """Cores that this process may use."""
+    extensions: list[str] = field(default_factory=_extensions)
+    """Which of `EXTENSIONS` it has."""
     python: str = field(default_factory=platform.python_version)
 
 
@@ -81,6 +94,7 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], *, rounds: int = 7, warm
 def report(name: str, rows: Sequence[Mapping[str, Any]], machine: Machine, *, save: bool = False) -> None:
     """Prints `rows` as a table under the machine; writes both to benchmarks/results/NAME.json if asked."""
     print(f"{name} on {machine.device}, {machine.threads} of {machine.cores} cores, Python {machine.python}")
+    print(f"it has {' '.join(machine.extensions) or 'none of the usual extensions'}")
     flat = [_flatten(row) for row in rows]
     heads = list(dict.fromkeys(key for row in flat for key in row))
     table = [heads, *([_cell(row.get(head, "")) for head in heads] for row in flat)]

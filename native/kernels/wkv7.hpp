@@ -8,7 +8,7 @@
 namespace rookery {
 
 // Tokens whose inputs are converted at once; a state is kept before every so many for the backward pass.
-constexpr std::int64_t wkv7_chunk = 16;
+constexpr std::int64_t wkv7_chunk = 32;
 
 // A tensor of tokens × heads × channels, float32 or bfloat16; no data: zeros.
 struct Wkv7Tensor {
@@ -44,10 +44,10 @@ struct Wkv7Grads {
 };
 
 // Some tokens of one head in float32, [tokens, key] and [tokens, value]; `w` is the decay itself. `a` has one row more,
-// of zeros. Results: y, and S_{t−1} a_t in `removed`.
+// of zeros. The result is y.
 struct Wkv7Chunk {
   std::int64_t tokens, key, value;
-  float *r{}, *w{}, *k{}, *a{}, *b{}, *v{}, *y{}, *removed{};
+  float *r{}, *w{}, *k{}, *a{}, *b{}, *v{}, *y{};
 };
 
 // Filled in by native/kernels/wkv7.cpp, once per instruction set. A call does one head of one row.

@@ -304,7 +304,7 @@ class Rwkv7Pass {
     float *r = take(wkv7_chunk * n), *k = take(wkv7_chunk * n), *v = take(wkv7_chunk * n);
     float *decay = take(wkv7_chunk * n), *rate = take(wkv7_chunk * n), *gate = take(wkv7_chunk * n);
     float *w = take(wkv7_chunk * n), *key = take(wkv7_chunk * n), *b = take(wkv7_chunk * n);
-    float *y = take(wkv7_chunk * n), *removed = take(wkv7_chunk * n), *a = take((wkv7_chunk + 1) * n);
+    float *y = take(wkv7_chunk * n), *a = take((wkv7_chunk + 1) * n);
     float* matrix = state(row, i) + width + channel * n;
     for (int64_t t = starts_[row]; t < end; t += wkv7_chunk) {
       const int64_t count = std::min(wkv7_chunk, end - t);
@@ -321,7 +321,7 @@ class Rwkv7Pass {
       inputs_.forward[0](given, {w, key, a, b}, 0, count);
       elementwise_.exponential(w, count * n);
       std::fill_n(a + count * n, n, 0.0f);
-      wkv7_.advance({count, n, n, r, w, key, a, b, v, y, removed}, matrix);
+      wkv7_.advance({count, n, n, r, w, key, a, b, v, y}, matrix);
       const Wkv7Output result{1, n, sizes_.group_norm_eps, y, r, key, v, gate, layer.r_k.data() + channel,
                               layer.norm_heads.weight.data() + channel, layer.norm_heads.bias.data() + channel};
       output_.forward[0](result, y, 0, count);
