@@ -65,12 +65,14 @@ def sizes_from(shapes: Shapes, family: str) -> tuple[int, int, int]:
     return vocab_size, hidden_size, layers
 
 
-def skeleton_shapes(config: Any, block: Callable[[int], dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+def skeleton_shapes(
+    config: Any, block: Callable[[int], dict[str, tuple[int, ...]]], norms: tuple[str, str] = ("ln1", "ln2")
+) -> dict[str, tuple[int, ...]]:
     """Tensors of an RWKV model in the official order; `block(i)` gives those of the two mixers, as "att.key.weight"."""
     width, vocab = config.hidden_size, config.vocab_size
     shapes: dict[str, tuple[int, ...]] = {"emb.weight": (vocab, width)}
     for i in range(config.num_hidden_layers):
-        norms = ("ln0", "ln1", "ln2") if i == 0 else ("ln1", "ln2")
-        shapes |= {f"blocks.{i}.{norm}.{part}": (width,) for norm in norms for part in ("weight", "bias")}
+        own = ("ln0", *norms) if i == 0 else norms
+        shapes |= {f"blocks.{i}.{norm}.{part}": (width,) for norm in own for part in ("weight", "bias")}
         shapes |= {f"blocks.{i}.{name}": shape for name, shape in block(i).items()}
     return shapes | {"ln_out.weight": (width,), "ln_out.bias": (width,), "head.weight": (vocab, width)}

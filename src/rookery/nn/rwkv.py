@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rookery.nn.growth import Growth
 from rookery.nn.initial import orthogonal_, uniform_
 from rookery.nn.language_model import LanguageModel
 from rookery.state import State
@@ -25,6 +26,20 @@ class LayerState(NamedTuple):
     """[b, *config.wkv_shape], float32 at least: [h, value, key] since RWKV-5"""
     ffn_shift: Tensor
     """[b, c], the channel mix's last input"""
+
+
+class Call(NamedTuple):
+    """What every block of one call is told besides the residual stream."""
+
+    tokens: Tensor
+    """int [b, t]"""
+    embedded: Tensor
+    """[b, t, c], the residual stream before the first block"""
+    cu_seqlens: Tensor | None
+    growth: Growth | None = None
+    """for families that keep histories"""
+    shared: Any = None
+    """NamedTuple of what the state after the call holds for all blocks, None where nothing"""
 
 
 class Block(nn.Module):
@@ -44,30 +59,28 @@ class Block(nn.Module):
         self.ffn = ffn
 
     def forward(
-        self, x: Tensor, state: LayerState, v_first: Tensor | None, cu_seqlens: Tensor | None
+        self, x: Tensor, state: LayerState, v_first: Tensor | None, call: Call
     ) -> tuple[Tensor, LayerState, Tensor | None]:
-        mixed, att_shift, wkv, v_first = self.att(self.ln1(x), state.att_shift, state.wkv, v_first, cu_seqlens)
+        mixed, att_shift, wkv, v_first = self.att(self.ln1(x), state.att_shift, state.wkv, v_first, call.cu_seqlens)
         x = x + mixed
-        mixed, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, cu_seqlens)
+        mixed, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, call.cu_seqlens)
         return x + mixed, LayerState(att_shift, wkv, ffn_shift), v_first
 
 
 class RWKV(LanguageModel):
     """Base of the RWKV language models: `logits, state = model(tokens, state)`.
 
-    A family defines `time_mix`, `channel_mix` and `init_weights`, and `wkv_shape` in its config.
+    A family defines `time_mix`, `channel_mix` and `init_weights`, and `wkv_shape` in its config. One whose blocks are
+    put together otherwise defines `block`, and `empty_layer` where these remember something else.
     """
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
-        width, eps = config.hidden_size, config.layer_norm_eps
+        width = config.hidden_size
         self.emb = nn.Embedding(config.vocab_size, width)
-        self.blocks = nn.ModuleList(
-            Block(self.time_mix(config, i), self.channel_mix(config, i), width, eps, first=i == 0)
-            for i in range(config.num_hidden_layers)
-        )
-        self.ln_out = nn.LayerNorm(width, eps=eps)
+        self.blocks = nn.ModuleList(self.block(config, i) for i in range(config.num_hidden_layers))
+        self.ln_out = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.head = nn.Linear(width, config.vocab_size, bias=False)
 
     @staticmethod
@@ -80,24 +93,39 @@ class RWKV(LanguageModel):
         """The channel mix of block `layer`."""
         raise NotImplementedError
 
+    def block(self, config: Any, layer: int) -> nn.Module:
+        """Block `layer`: `x, state, v_first = block(x, state, v_first, call)`."""
+        mixes = self.time_mix(config, layer), self.channel_mix(config, layer)
+        return Block(*mixes, config.hidden_size, config.layer_norm_eps, first=layer == 0)
+
+    def call(self, tokens: Tensor, embedded: Tensor, state: State, cu_seqlens: Tensor | None) -> Call:
+        """What the blocks are told about these tokens."""
+        return Call(tokens, embedded, cu_seqlens)
+
     def features(
         self, tokens: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
         state = self.check_tokens(tokens, state, cu_seqlens)
         x = self.blocks[0].ln0(self.emb(tokens))
+        call = self.call(tokens, x, state, cu_seqlens)
         layers, v_first = [], None
         for block, before in zip(self.blocks, state.layers, strict=True):
-            x, after, v_first = block(x, before, v_first, cu_seqlens)
+            x, after, v_first = block(x, before, v_first, call)
             layers.append(after)
         read = cu_seqlens.diff() if cu_seqlens is not None else tokens.shape[1]
-        return self.ln_out(x), State(tuple(layers), state.tokens_seen + read, self.config)
+        return self.ln_out(x), State(tuple(layers), state.tokens_seen + read, self.config, call.shared)
 
     def init_state(self, batch: int = 1) -> State:
+        tokens_seen = torch.zeros(batch, dtype=torch.int64, device=self.emb.weight.device)
+        empty = self.empty_layer(batch)
+        return State((empty,) * len(self.blocks), tokens_seen, self.config)
+
+    def empty_layer(self, batch: int) -> NamedTuple:
+        """What one block remembers before the first token."""
         like = self.emb.weight
         shift = like.new_zeros(batch, self.config.hidden_size)
         wkv = self.empty_wkv(batch, torch.promote_types(like.dtype, torch.float32))
-        layers = tuple(LayerState(shift, wkv, shift) for _ in self.blocks)
-        return State(layers, torch.zeros(batch, dtype=torch.int64, device=like.device), self.config)
+        return LayerState(shift, wkv, shift)
 
     def empty_wkv(self, batch: int, dtype: torch.dtype) -> Tensor:
         """One block's recurrent state before the first token, [batch, *config.wkv_shape]."""

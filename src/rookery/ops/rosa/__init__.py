@@ -29,29 +29,31 @@ def rosa(
     k: Float[Tensor, "b p c"],
     v: Float[Tensor, "b p c"],
     start: Int[Tensor, " b"] | None = None,
+    time: int | None = None,
     bits: int = 1,
     tau: float = 1e-3,
 ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, "b t c"]]:
     """Where the retrieved bit is one and where it is zero, as numbers 1 and 0; neither where nothing matches.
 
     q, k and v hold every position from the first, so that a cut into calls changes nothing: `start` [b] is each row's
-    first new position, and t = p − min(start) answers are given, of which those beyond a row's end mean nothing.
+    first new position, `time` how many answers each gets (all that there are, where left out). Entries and answers
+    beyond a row's end mean nothing.
 
     The gradient is the published one, a finite difference over bits. Flipping a bit of q, k or v changes
     φ = Σ (what arrives) · (what was retrieved), and d = (φ(bit 1) − φ(bit 0)) / (2 max(|x|, τ)). O(p²) a flip.
     """
-    return _call(q, k, v, start, bits, tau, tied=False)
+    return _call(q, k, v, start, time, bits, tau, tied=False)
 
 
 def rosa_self(
-    *, x: Float[Tensor, "b p c"], start: Int[Tensor, " b"] | None = None, bits: int = 1, tau: float = 1e-3
-) -> tuple[Float[Tensor, "b t c"], Float[Tensor, "b t c"]]:
-    """`rosa` with x as query, key and value. A flip for the gradient changes all three at once."""
-    return _call(x, x, x, start, bits, tau, tied=True)
+    *, x: Float[Tensor, "b p c"], bits: int = 1, tau: float = 1e-3
+) -> tuple[Float[Tensor, "b p c"], Float[Tensor, "b p c"]]:
+    """`rosa` of whole rows with x as query, key and value. A flip for the gradient changes all three at once."""
+    return _call(x, x, x, None, None, bits, tau, tied=True)
 
 
 def _call(
-    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, bits: int, tau: float, *, tied: bool
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, time: int | None, bits: int, tau: float, *, tied: bool
 ) -> tuple[Tensor, Tensor]:
     batch, length, channels = q.shape
     if not 1 <= bits <= 8 or channels % bits:
@@ -60,7 +62,8 @@ def _call(
         raise ValueError(f"q, k and v must be alike, got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}")
     if start is None:
         start = torch.zeros(batch, dtype=torch.int64, device=q.device)
-    time = length - int(start.min()) if batch else length
+    if time is None:
+        time = length - int(start.min()) if batch else length
     return _Rosa.apply(q, k, v, start, time, bits, tau, tied)
 
 

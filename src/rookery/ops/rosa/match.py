@@ -29,7 +29,7 @@ def match(q: Tensor, k: Tensor, start: Tensor, time: int) -> Tensor:
             continue
         # longest first, then latest; keys from i on are out of sight
         best = (runs * length + place[:seen]).masked_fill(place[:seen] >= i[:, None], -1).amax(dim=1)
-        found[:, s] = torch.where(best >= length, best % length + 1, -1)
+        found[:, s] = torch.where((best >= length) & (i < length), best % length + 1, -1)
     return found
 
 
