@@ -86,11 +86,15 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """The model in a file or folder, whatever its format; BadCheckpoint says what is wrong with any other.
+    """The model in a file, a folder or on the Hub, whatever its format; BadCheckpoint says what is wrong.
 
     Nothing that a file contains is executed. Tensors missing, unknown or of the wrong shape for the family are refused
-    by name.
+    by name. A path that is not there and looks like "owner/name" is a model on the Hugging Face Hub: see `hub`.
     """
+    if not os.path.exists(path):
+        from rookery.checkpoints import hub
+
+        path = hub.fetch(os.fspath(path)) if hub.address(path) else path
     where = os.fspath(path)
     source = read_folder(path) if os.path.isdir(path) else with_sidecar(read_file(path), where)
     try:

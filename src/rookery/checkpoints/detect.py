@@ -13,22 +13,12 @@ def read_file(path: str | os.PathLike[str]) -> Source:
     """The tensors in a file of any readable format, under the file's own names."""
     file = Path(path)
     if not file.exists():
-        hint = (
-            "; model names on the Hugging Face Hub are not looked up, download the file first"
-            if _is_hub_id(path)
-            else ""
-        )
-        raise BadCheckpoint(f"there is no file {os.fspath(path)!r}{hint}")
+        raise BadCheckpoint(f"there is no file {os.fspath(path)!r}")
     if not file.is_file():
         raise BadCheckpoint(f"{os.fspath(path)!r} is neither a file nor a folder")
     with open(file, "rb") as opened:
         start = opened.read(16)
     return _reader(start, file)(path)
-
-
-def _is_hub_id(path: str | os.PathLike[str]) -> bool:
-    parts = os.fspath(path).split("/")
-    return len(parts) == 2 and all(parts) and parts[0] not in {".", "..", "~"}
 
 
 def _reader(start: bytes, path: Path) -> Callable[[str | os.PathLike[str]], Source]:

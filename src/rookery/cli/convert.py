@@ -6,7 +6,7 @@ import time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="model file or folder of any readable format")
+    parser.add_argument("source", metavar="SRC", help="model file, folder or Hub id, of any readable format")
     parser.add_argument(
         "destination",
         metavar="DST",

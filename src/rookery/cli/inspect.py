@@ -5,7 +5,7 @@ import json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help="a .pth, .safetensors or ggmf file, or a folder with a model")
+    parser.add_argument("file", help="a model file of any readable format, a folder with one, or a Hub id")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
 

@@ -16,7 +16,7 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequ
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Which model, and what it runs on."""
     group = parser.add_argument_group("model")
-    group.add_argument("-m", "--model", metavar="PATH", help="model file or folder (the embedded model)")
+    group.add_argument("-m", "--model", metavar="PATH", help="model file, folder or Hub id (the embedded model)")
     group.add_argument("--tokenizer", metavar="NAME", help="world, 20b, bytes, or a vocabulary file (found by itself)")
     group.add_argument("--quantize", metavar="TYPE", help="smaller weights (the file's precision)")
     group.add_argument("--threads", type=int, metavar="N", help="threads (all cores; one for a small model)")
