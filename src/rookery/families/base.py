@@ -48,10 +48,40 @@ class Family:
     """Names of the embedding and of the last norm's weight, a sample of which names the model in state files."""
 
 
-def recurrent_nbytes(config: Any, *, batch: int, itemsize: int) -> int:
-    """Bytes of an RWKV state: two shift vectors and one recurrent state a block, the latter in float32 at least."""
-    wkv = math.prod(config.wkv_shape) * max(4, itemsize)
-    return config.num_hidden_layers * batch * (2 * config.hidden_size * itemsize + wkv)
+class Recurrent:
+    """What the configs of RWKV-4 to RWKV-7 share: a state that does not grow."""
+
+    num_hidden_layers: int
+    hidden_size: int
+
+    @property
+    def wkv_shape(self) -> tuple[int, ...]:
+        """One block's recurrent state of one row."""
+        raise NotImplementedError
+
+    def state_nbytes(self, *, tokens_seen: int, batch: int, itemsize: int) -> int:
+        """Bytes of the recurrent state: the same after any number of tokens; `itemsize` bytes a shift number."""
+        wkv = math.prod(self.wkv_shape) * max(4, itemsize)  # float32, or float64 in a float64 model
+        return self.num_hidden_layers * batch * (2 * self.hidden_size * itemsize + wkv)
+
+
+class Headed(Recurrent):
+    """What the configs since RWKV-5 share: a matrix per head."""
+
+    head_dim: int
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.head_dim:
+            raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of head_dim ({self.head_dim})")
+
+    @property
+    def num_heads(self) -> int:
+        return self.hidden_size // self.head_dim
+
+    @property
+    def wkv_shape(self) -> tuple[int, int, int]:
+        """One block's recurrent state of one row: head, value, key."""
+        return self.num_heads, self.head_dim, self.head_dim
 
 
 def sizes_from(shapes: Shapes, family: str) -> tuple[int, int, int]:

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 from rookery.errors import BadCheckpoint
-from rookery.families.base import Family, Shapes, recurrent_nbytes, sizes_from, skeleton_shapes
+from rookery.families.base import Family, Recurrent, Shapes, sizes_from, skeleton_shapes
 from rookery.families.layout import Layout, Rule
 from rookery.families.published import HF_4_5
 
 
 @dataclass(frozen=True, kw_only=True)
-class RWKV4Config:
+class RWKV4Config(Recurrent):
     """Sizes of one RWKV-4 model."""
 
     vocab_size: int = 50277
@@ -27,10 +27,6 @@ class RWKV4Config:
     def wkv_shape(self) -> tuple[int, int]:
         """One block's recurrent state of one row: two sums and their exponent, per channel."""
         return 3, self.hidden_size
-
-    def state_nbytes(self, *, tokens_seen: int, batch: int, itemsize: int) -> int:
-        """Bytes of the recurrent state: the same after any number of tokens; `itemsize` bytes a shift number."""
-        return recurrent_nbytes(self, batch=batch, itemsize=itemsize)
 
 
 def create(*, hidden_size: int = 768, **given) -> RWKV4Config:

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rookery.errors import BadCheckpoint
-from rookery.families.base import Family, Shapes, recurrent_nbytes, sizes_from, skeleton_shapes
+from rookery.families.base import Family, Headed, Shapes, sizes_from, skeleton_shapes
 from rookery.families.layout import Layout, Rule
 from rookery.families.published import HF_4_5, WEB_5
 
 
 @dataclass(frozen=True, kw_only=True)
-class RWKV5Config:
+class RWKV5Config(Headed):
     """Sizes and choices of one RWKV-5 model; the defaults are those of 5.2."""
 
     vocab_size: int = 65536
@@ -33,23 +33,6 @@ class RWKV5Config:
     """Epsilon of every layer norm."""
     group_norm_eps: float = 64e-5
     """Epsilon of the per-head norm: 1e-5 after a division by 8 (core.md 1.3); files of rwkv.cpp mean 1e-5 without."""
-
-    def __post_init__(self) -> None:
-        if self.hidden_size % self.head_dim:
-            raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of head_dim ({self.head_dim})")
-
-    @property
-    def num_heads(self) -> int:
-        return self.hidden_size // self.head_dim
-
-    @property
-    def wkv_shape(self) -> tuple[int, int, int]:
-        """One block's recurrent state of one row: head, value, key."""
-        return self.num_heads, self.head_dim, self.head_dim
-
-    def state_nbytes(self, *, tokens_seen: int, batch: int, itemsize: int) -> int:
-        """Bytes of the recurrent state: the same after any number of tokens; `itemsize` bytes a shift number."""
-        return recurrent_nbytes(self, batch=batch, itemsize=itemsize)
 
 
 def create(*, hidden_size: int = 768, **given) -> RWKV5Config:

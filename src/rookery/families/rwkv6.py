@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rookery.errors import BadCheckpoint
-from rookery.families.base import Family, Shapes, recurrent_nbytes, sizes_from, skeleton_shapes
+from rookery.families.base import Family, Headed, Shapes, sizes_from, skeleton_shapes
 from rookery.families.layout import Layout, Rule
 from rookery.families.published import FLA_6, GGUF_6, HF_6, WEB_6
 
 
 @dataclass(frozen=True, kw_only=True)
-class RWKV6Config:
+class RWKV6Config(Headed):
     """Sizes and choices of one RWKV-6 model."""
 
     vocab_size: int = 65536
@@ -38,27 +38,10 @@ class RWKV6Config:
     group_norm_eps: float = 64e-5
     """Epsilon of the norm after the recurrence; variants b and c normalise all heads together, with 1e-5."""
 
-    def __post_init__(self) -> None:
-        if self.hidden_size % self.head_dim:
-            raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of head_dim ({self.head_dim})")
-
-    @property
-    def num_heads(self) -> int:
-        return self.hidden_size // self.head_dim
-
     @property
     def signals(self) -> str:
         """Letters of the interpolated inputs, in the order in which the low-rank factors hold them."""
         return "rkvw" if self.variant in ("x060b", "x060c") else "wkvrg"
-
-    @property
-    def wkv_shape(self) -> tuple[int, int, int]:
-        """One block's recurrent state of one row: head, value, key."""
-        return self.num_heads, self.head_dim, self.head_dim
-
-    def state_nbytes(self, *, tokens_seen: int, batch: int, itemsize: int) -> int:
-        """Bytes of the recurrent state: the same after any number of tokens; `itemsize` bytes a shift number."""
-        return recurrent_nbytes(self, batch=batch, itemsize=itemsize)
 
 
 def create(*, hidden_size: int = 2048, **given) -> RWKV6Config:

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rookery.errors import BadCheckpoint
-from rookery.families.base import Family, Shapes, recurrent_nbytes, sizes_from, skeleton_shapes
+from rookery.families.base import Family, Headed, Shapes, sizes_from, skeleton_shapes
 from rookery.families.layout import Layout, Rule
 from rookery.families.published import GGUF_7, WEB_7
 
 
 @dataclass(frozen=True, kw_only=True)
-class RWKV7Config:
+class RWKV7Config(Headed):
     """Sizes and choices of one RWKV-7 model."""
 
     vocab_size: int = 65536
@@ -37,23 +37,6 @@ class RWKV7Config:
     """Epsilon of the per-head norm after the recurrence; 64e-5 whatever the head size (core.md 1.5)."""
     init: Literal["v7-2025-05", "v7-2024"] = "v7-2025-05"
     """Which published initialisation `init_weights` applies."""
-
-    def __post_init__(self) -> None:
-        if self.hidden_size % self.head_dim:
-            raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of head_dim ({self.head_dim})")
-
-    @property
-    def num_heads(self) -> int:
-        return self.hidden_size // self.head_dim
-
-    @property
-    def wkv_shape(self) -> tuple[int, int, int]:
-        """One block's recurrent state of one row: head, value, key."""
-        return self.num_heads, self.head_dim, self.head_dim
-
-    def state_nbytes(self, *, tokens_seen: int, batch: int, itemsize: int) -> int:
-        """Bytes of the recurrent state: the same after any number of tokens; `itemsize` bytes a shift number."""
-        return recurrent_nbytes(self, batch=batch, itemsize=itemsize)
 
 
 def suggested_ranks(hidden_size: int) -> dict[str, int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from rookery.errors import BadCheckpoint
 from rookery.families import rwkv7
-from rookery.families.base import Family, Shapes, recurrent_nbytes
+from rookery.families.base import Family, Shapes
 from rookery.families.rosa import mix_shapes
 
 
@@ -18,7 +18,7 @@ class RWKV7RosaConfig(rwkv7.RWKV7Config):
     def state_nbytes(self, *, tokens_seen: int, batch: int, itemsize: int) -> int:
         """Bytes of RWKV-7's state, and per block a third shift and queries, keys and values of every token."""
         history = self.num_hidden_layers * batch * self.hidden_size * (1 + 3 * tokens_seen) * itemsize
-        return recurrent_nbytes(self, batch=batch, itemsize=itemsize) + history
+        return super().state_nbytes(tokens_seen=tokens_seen, batch=batch, itemsize=itemsize) + history
 
 
 def create(**given) -> RWKV7RosaConfig:
