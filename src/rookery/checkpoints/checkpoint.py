@@ -13,6 +13,7 @@ import numpy as np
 from rookery.checkpoints.detect import read_file
 from rookery.checkpoints.folder import read_folder
 from rookery.checkpoints.layout import from_foreign
+from rookery.checkpoints.parts import explain_part
 from rookery.checkpoints.safetensors import CONVENTION
 from rookery.checkpoints.source import Source, Stored, short
 from rookery.checkpoints.state_file import fingerprint
@@ -126,6 +127,8 @@ def with_sidecar(source: Source, where: str) -> Source:
 def _understood(source: Source, where: str) -> Checkpoint:
     if source.metadata.get("format", "").startswith("rookery-state"):
         raise BadCheckpoint("this is the state of a model, not a model")
+    if part := explain_part(source.tensors, where):
+        raise BadCheckpoint(part)
     layout, tensors, family = _named_officially(source)
     used = {name: tensor for name, tensor in tensors.items() if not family.is_unused(name)}
     kept = {name: tensor for name, tensor in tensors.items() if name not in used}
