@@ -27,7 +27,8 @@ using Sizes = std::vector<std::int64_t>;   // heads, key, value
 Wkv7Tensor tensor(const Tensor& given) { return {at<void>(given.first), given.second}; }
 
 Wkv7Inputs inputs(const std::vector<Tensor>& x, Address state) {
-  return {tensor(x.at(0)), tensor(x.at(1)), tensor(x.at(2)), tensor(x.at(3)), tensor(x.at(4)), tensor(x.at(5)), at<float>(state)};
+  return {tensor(x.at(0)), tensor(x.at(1)), tensor(x.at(2)), tensor(x.at(3)),
+          tensor(x.at(4)), tensor(x.at(5)), at<float>(state)};
 }
 
 // Where the checkpoints of each row start; every row starts a chunk of its own.
@@ -71,8 +72,9 @@ void backward(
   const Wkv7Shape shape = shape_of(starts, chunks, sizes);
   const Wkv7Inputs in = inputs(x, 0);
   const Wkv7Results kept{{}, nullptr, at<float>(checkpoints), at<float>(removed)};
-  const Wkv7Grads out{tensor(grad_y),        at<float>(grad_last_state), tensor(grads.at(0)), tensor(grads.at(1)), tensor(grads.at(2)),
-                      tensor(grads.at(3)), tensor(grads.at(4)),         tensor(grads.at(5)), at<float>(grad_state)};
+  const Wkv7Grads out{tensor(grad_y),      at<float>(grad_last_state), tensor(grads.at(0)),
+                      tensor(grads.at(1)), tensor(grads.at(2)),        tensor(grads.at(3)),
+                      tensor(grads.at(4)), tensor(grads.at(5)),        at<float>(grad_state)};
   nb::gil_scoped_release unlocked;
   for_each_head(shape, threads, [&](std::int64_t row, std::int64_t head) { run(shape, in, kept, out, row, head); });
 }
