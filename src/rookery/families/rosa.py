@@ -3,6 +3,7 @@
 Code: BlinkDL/RWKV-LM, RWKV-v8/260212_rosa1bitLM_L12.py and 260222_rosa4bitLM_L12.py.
 """
 
+import re
 from dataclasses import dataclass
 
 from rookery.errors import BadCheckpoint
@@ -59,8 +60,8 @@ def recognise(shapes: Shapes) -> bool:
     return "blocks.0.rosa.rosa_qkv.emb" in shapes
 
 
-def config_from_shapes(shapes: Shapes) -> RosaConfig:
-    """Sizes from the tensors alone; `bits` stays 1."""
+def config_from_shapes(shapes: Shapes, *, bits: int = 1) -> RosaConfig:
+    """Sizes from the tensors, which do not show `bits`."""
     vocab_size, hidden_size, layers = sizes_from(shapes, "ROSA")
     if "blocks.0.ffn.key.weight" not in shapes:
         raise BadCheckpoint("not a whole ROSA checkpoint: 'blocks.0.ffn.key.weight' is missing")
@@ -69,7 +70,13 @@ def config_from_shapes(shapes: Shapes) -> RosaConfig:
         hidden_size=hidden_size,
         num_hidden_layers=layers,
         intermediate_size=shapes["blocks.0.ffn.key.weight"][0],
+        bits=bits,
     )
+
+
+def is_unused(name: str) -> bool:
+    """The published class gives every block the norm that follows the embedding; only the first one's is applied."""
+    return re.fullmatch(r"blocks\.[1-9]\d*\.ln0\.(weight|bias)", name) is not None
 
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
@@ -91,4 +98,5 @@ FAMILY = Family(
     config_from_shapes=config_from_shapes,
     not_in_shapes=("bits",),
     tensor_shapes=tensor_shapes,
+    is_unused=is_unused,
 )

@@ -1,7 +1,7 @@
 """RWKV-7 "Goose" (arXiv 2503.14456): sizes, official tensor names, presets. Code: BlinkDL/RWKV-LM, RWKV-v7."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from rookery.errors import BadCheckpoint
 from rookery.families.base import Family, Headed, Shapes, sizes_from, skeleton_shapes
@@ -104,6 +104,11 @@ def config_from_shapes(shapes: Shapes) -> RWKV7Config:
     return RWKV7Config(
         vocab_size=vocab_size, hidden_size=hidden_size, num_hidden_layers=layers, head_dim=head_dim, **sizes
     )
+
+
+def widened(config: RWKV7Config, kind: type, **more: int) -> Any:
+    """The same sizes as a config of a variant, `kind`, with what it has `more`."""
+    return kind(**{field.name: getattr(config, field.name) for field in fields(config)}, **more)
 
 
 def is_unused(name: str) -> bool:

@@ -3,7 +3,7 @@
 Code: BlinkDL/RWKV-LM, RWKV-v8/251024_rosaQKV_run.py and 251105_reverse_run.py.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from rookery.errors import BadCheckpoint
 from rookery.families import rwkv7
@@ -23,8 +23,7 @@ class RWKV7RosaConfig(rwkv7.RWKV7Config):
 
 def create(**given) -> RWKV7RosaConfig:
     """A config whose unnamed sizes follow RWKV-7's formulas."""
-    plain = rwkv7.create(**given)
-    return RWKV7RosaConfig(**{field.name: getattr(plain, field.name) for field in fields(plain)})
+    return rwkv7.widened(rwkv7.create(**given), RWKV7RosaConfig)
 
 
 def tensor_shapes(config: RWKV7RosaConfig) -> dict[str, tuple[int, ...]]:
@@ -47,17 +46,16 @@ def recognise(shapes: Shapes) -> bool:
 
 def config_from_shapes(shapes: Shapes) -> RWKV7RosaConfig:
     """Sizes from the tensors alone."""
-    official = {"e.weight": "emb.weight"}
-    for name in shapes:
+    if "e.weight" not in shapes:
+        raise BadCheckpoint("not a whole RWKV-7 + ROSA checkpoint: 'e.weight' is missing")
+    official = {"emb.weight": shapes["e.weight"]}
+    for name, shape in shapes.items():
         for here, there in (("rwkv", "att"), ("ffn", "ffn")):
             number, _, rest = name.removeprefix(here).partition(".")
             if name.startswith(here) and number.isdecimal():
-                official[name] = f"blocks.{int(number) - 1}.{there}.{rest}"
-    try:
-        plain = rwkv7.config_from_shapes({new: shapes[name] for name, new in official.items()})
-    except KeyError as missing:
-        raise BadCheckpoint(f"not a whole RWKV-7 + ROSA checkpoint: {missing} is missing") from None
-    return RWKV7RosaConfig(**{field.name: getattr(plain, field.name) for field in fields(plain)})
+                official[f"blocks.{int(number) - 1}.{there}.{rest}"] = shape
+    plain = rwkv7.config_from_shapes(official)
+    return rwkv7.widened(plain, RWKV7RosaConfig)
 
 
 def is_unused(name: str) -> bool:

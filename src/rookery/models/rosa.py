@@ -110,7 +110,7 @@ class Rosa(RWKV):
 
     def call(self, tokens: Tensor, embedded: Tensor, state: State, cu_seqlens: Tensor | None) -> Call:
         grows = growth(tokens, state.tokens_seen, state.layers[0].q.shape[1], cu_seqlens)
-        return Call(tokens, embedded, cu_seqlens, grows)
+        return Call(tokens, embedded, cu_seqlens, growth=grows)
 
     def empty_layer(self, batch: int) -> LayerState:
         history = RosaMix.empty(self.emb.weight, batch, self.config.hidden_size)

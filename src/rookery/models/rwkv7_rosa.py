@@ -59,7 +59,7 @@ class RWKV7Rosa(LanguageModel):
         state = self.check_tokens(tokens, state, cu_seqlens)
         x = self.e(tokens)
         grows = growth(tokens, state.tokens_seen, state.layers[0].q.shape[1], cu_seqlens)
-        call = Call(tokens, x, cu_seqlens, grows)
+        call = Call(tokens, x, cu_seqlens, growth=grows)
         layers, v_first = [], None
         for i, before in enumerate(state.layers, 1):
             part = self.get_submodule

@@ -36,6 +36,8 @@ class Call(NamedTuple):
     embedded: Tensor
     """[b, t, c], the residual stream before the first block"""
     cu_seqlens: Tensor | None
+    past: Tensor | None = None
+    """[r, p, c], what `embedded` was for every token so far"""
     growth: Growth | None = None
     """for families that keep histories"""
     shared: Any = None
