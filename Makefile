@@ -11,7 +11,8 @@ help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
 demo: $(VENV)/.built ## build everything and let the embedded model tell a story
-	$(BIN)/rookery generate --max-tokens 120 "Once upon a time"
+	@$(BIN)/rookery generate --echo --max-tokens 120 --seed 6 --temperature 0.9 --top-p 0.85 \
+		--presence-penalty 0.2 --frequency-penalty 0.3 "Once upon a time"
 
 test: $(VENV)/.tested-tools ## everything that CI runs: style, import contracts, documentation, tests
 	$(BIN)/ruff check .
