@@ -40,7 +40,9 @@ def run(given: argparse.Namespace) -> int:
         print(describe(config))
         return 0
     from rookery.train.loop import train
+    from rookery.train.memory import keep_freed_memory
 
+    keep_freed_memory()
     result = train(config)
     if result.signal is not None:
         print(f"stopped at step {result.step}; the same command continues", file=sys.stderr)
