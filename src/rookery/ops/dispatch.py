@@ -1,9 +1,10 @@
 """Which backend of an operator runs, and why the others cannot."""
 
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -87,25 +88,25 @@ def native_why_not(*tensors: Tensor | None, dtypes: tuple[Any, ...]) -> str | No
     return None
 
 
+_TRITON_FOUND = find_spec("triton") is not None
+
+
 def triton_why_not(*tensors: Tensor | None, dtypes: tuple[Any, ...]) -> str | None:
-    """Reason that tensors cannot go to Triton kernels, or None. The interpreter takes tensors on the CPU."""
-    if isinstance(reason := _triton_module(), str):
-        return reason
-    device = "cpu" if reason.knobs.runtime.interpret else "cuda"
+    """Reason that tensors cannot go to Triton kernels, or None. Under Triton's interpreter they come from the CPU."""
     for tensor in tensors:
         if tensor is None:
             continue
-        if tensor.device.type != device:
-            return f"it runs on {device}, a tensor is on {tensor.device}"
+        if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and _triton_interprets()):
+            return f"it runs on cuda, a tensor is on {tensor.device}"
         if tensor.dtype not in dtypes:
             return f"it takes {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, a tensor has {tensor.dtype}"
+    if not _TRITON_FOUND:
+        return 'Triton is not installed; pip install "rookery[gpu]"'
     return None
 
 
-@cache
-def _triton_module() -> Any | str:
-    try:
-        import triton
-    except ImportError:
-        return 'Triton is not installed; pip install "rookery[gpu]"'
-    return triton
+def _triton_interprets() -> bool:
+    # Triton takes a while to import, and who interprets has done so; torch.compile cannot trace its settings
+    if torch.compiler.is_compiling() or "triton" not in sys.modules:
+        return False
+    return sys.modules["triton"].knobs.runtime.interpret

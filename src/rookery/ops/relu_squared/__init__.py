@@ -4,11 +4,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rookery.ops.dispatch import Backend, Op
-from rookery.ops.relu_squared import native, reference
+from rookery.ops.relu_squared import native, reference, triton
 
 OP = Op(
     "relu_squared",
-    [Backend("native", native.relu_squared, native.why_not), Backend("reference", reference.relu_squared)],
+    [
+        Backend("native", native.relu_squared, native.why_not),
+        Backend("triton", triton.relu_squared, triton.why_not),
+        Backend("reference", reference.relu_squared),
+    ],
 )
 
 

@@ -7,11 +7,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rookery.ops.dispatch import Backend, Op
-from rookery.ops.token_shift import native, reference
+from rookery.ops.token_shift import native, reference, triton
 
 OP = Op(
     "token_shift",
-    [Backend("native", native.token_shift, native.why_not), Backend("reference", reference.token_shift)],
+    [
+        Backend("native", native.token_shift, native.why_not),
+        Backend("triton", triton.token_shift, triton.why_not),
+        Backend("reference", reference.token_shift),
+    ],
 )
 
 

@@ -10,12 +10,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rookery.ops.dispatch import Backend, Op
-from rookery.ops.wkv7 import chunked, native, reference
+from rookery.ops.wkv7 import chunked, native, reference, triton
 
 OP = Op(
     "wkv7",
     [
         Backend("native", native.wkv7, native.why_not),
+        Backend("triton", triton.wkv7, triton.why_not),
         Backend("chunked", chunked.wkv7, chunked.why_not),
         Backend("reference", reference.wkv7),
     ],

@@ -8,11 +8,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rookery.ops.dispatch import Backend, Op
-from rookery.ops.wkv7_inputs import native, reference
+from rookery.ops.wkv7_inputs import native, reference, triton
 
 OP = Op(
     "wkv7_inputs",
-    [Backend("native", native.wkv7_inputs, native.why_not), Backend("reference", reference.wkv7_inputs)],
+    [
+        Backend("native", native.wkv7_inputs, native.why_not),
+        Backend("triton", triton.wkv7_inputs, triton.why_not),
+        Backend("reference", reference.wkv7_inputs),
+    ],
 )
 
 

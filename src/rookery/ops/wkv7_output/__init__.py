@@ -7,11 +7,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rookery.ops.dispatch import Backend, Op
-from rookery.ops.wkv7_output import native, reference
+from rookery.ops.wkv7_output import native, reference, triton
 
 OP = Op(
     "wkv7_output",
-    [Backend("native", native.wkv7_output, native.why_not), Backend("reference", reference.wkv7_output)],
+    [
+        Backend("native", native.wkv7_output, native.why_not),
+        Backend("triton", triton.wkv7_output, triton.why_not),
+        Backend("reference", reference.wkv7_output),
+    ],
 )
 
 
