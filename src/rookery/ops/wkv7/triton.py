@@ -20,7 +20,8 @@ In a chunk of M tokens, rows being tokens, with G the inclusive and E the exclus
     dlog_w = reversed cumulative sum of dG, and exclusively of dE
 
 In the products of R̃, Ã with K̄, B̄ all exponents are counted from G_M/2: within ±20 for chunks of 64, so bfloat16 loses
-no more than its rounding. The sum of log_w over a chunk must stay above −170. (chunked form: arXiv 2503.14456, app. D)
+no more than its rounding; the sum of log_w over a chunk must stay above −170. (arXiv 2406.06484 has the form without
+decay.)
 """
 
 from typing import Any, NamedTuple
