@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rookery.errors import BadCheckpoint
 from rookery.families import rwkv7, rwkv7a
-from rookery.families.base import Family, Shapes, recurrent_nbytes
+from rookery.families.base import Family, Shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,9 @@ class RWKV7bConfig(rwkv7a.RWKV7aConfig):
     def state_nbytes(self, *, tokens_seen: int, batch: int, itemsize: int) -> int:
         """Bytes of RWKV-7's state; per block a query, and keys and values of every token; the tokens as int64."""
         attention = self.num_hidden_layers * (self.query_dim + 2 * self.cache_rank * tokens_seen) * itemsize
-        return recurrent_nbytes(self, batch=batch, itemsize=itemsize) + batch * (attention + 8 * tokens_seen)
+        return super().state_nbytes(tokens_seen=tokens_seen, batch=batch, itemsize=itemsize) + batch * (
+            attention + 8 * tokens_seen
+        )
 
 
 def create(*, embed_rank: int = 32, query_dim: int = 256, cache_rank: int = 32, **given) -> RWKV7bConfig:
