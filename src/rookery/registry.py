@@ -8,7 +8,19 @@ from typing import Any
 from rookery.errors import BadCheckpoint, unknown
 from rookery.families.base import Family, Shapes
 
-FAMILY_MODULES = ("rwkv7", "rwkv7a", "rwkv7b", "rwkv7_rosa", "rosa", "rwkv6", "rwkv5", "rwkv4", "transformer")
+FAMILY_MODULES = (
+    "rwkv7",
+    "rwkv7a",
+    "rwkv7b",
+    "rwkv8",
+    "rwkv8_hybrid",
+    "rwkv7_rosa",
+    "rosa",
+    "rwkv6",
+    "rwkv5",
+    "rwkv4",
+    "transformer",
+)
 """Files of `rookery.families` that define FAMILY; recognition tries them in this order."""
 
 

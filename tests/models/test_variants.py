@@ -58,3 +58,29 @@ def test_the_attention_of_7b_is_that_of_its_equations():
         scores = torch.stack([64 * torch.tanh(made_of["q"][i] @ made_of["k"][j] / 1024) for j in range(i + 1)])
         want = sum(p * v for p, v in zip(scores.softmax(dim=0), made_of["v"], strict=False))
         assert_close(made[0, i], want, f"token {i}")
+
+
+@torch.no_grad()
+def test_the_channel_mix_of_8_is_scaled_by_the_vector_of_its_token():
+    model = randomised("rwkv8-test")
+    tokens, ffn = some_tokens(model, 1, LENGTH), model.blocks[1].ffn
+    given, (made, _) = captured(ffn, model, tokens)
+    before = torch.zeros(model.config.hidden_size, dtype=torch.float64)
+    for t, (token, x) in enumerate(zip(tokens[0], given[0][0], strict=True)):
+        hidden = (ffn.key.weight @ (x + (before - x) * ffn.x_k.flatten())).relu() ** 2
+        assert_close(made[0, t], (ffn.value.weight @ hidden) * ffn.enn.weight[token], f"token {t}")
+        before = x
+
+
+@torch.no_grad()
+def test_the_attention_of_the_hybrid_is_that_of_its_equations():
+    model = randomised("rwkv8-hybrid-test")
+    tokens, qkv = some_tokens(model, 1, LENGTH), model.blocks[1].qkv
+    given, (made, _) = captured(qkv, model, tokens)
+    keys, values = [], []
+    for i, (token, x) in enumerate(zip(tokens[0], given[0][0], strict=True)):
+        q = normed(qkv.qq.weight @ x, qkv.lnq)
+        keys.append(normed(qkv.kkup.weight @ (qkv.kk.weight @ x) * qkv.ennk.weight[token], qkv.lnk))
+        values.append(normed((qkv.vvup.weight @ (qkv.vv.weight @ x)).tanh() * qkv.emm.weight[token], qkv.lnv))
+        scores = torch.stack([32 * torch.tanh(q @ k / 512) for k in keys])
+        assert_close(made[0, i], sum(p * v for p, v in zip(scores.softmax(dim=0), values, strict=True)), f"token {i}")

@@ -21,10 +21,9 @@ class RWKV7bConfig(rwkv7a.RWKV7aConfig):
 
     def state_nbytes(self, *, tokens_seen: int, batch: int, itemsize: int) -> int:
         """Bytes of RWKV-7's state; per block a query, and keys and values of every token; the tokens as int64."""
+        plain = super().state_nbytes(tokens_seen=tokens_seen, batch=batch, itemsize=itemsize)
         attention = self.num_hidden_layers * (self.query_dim + 2 * self.cache_rank * tokens_seen) * itemsize
-        return super().state_nbytes(tokens_seen=tokens_seen, batch=batch, itemsize=itemsize) + batch * (
-            attention + 8 * tokens_seen
-        )
+        return plain + batch * (attention + 8 * tokens_seen)
 
 
 def create(*, embed_rank: int = 32, query_dim: int = 256, cache_rank: int = 32, **given) -> RWKV7bConfig:

@@ -124,8 +124,7 @@ class RWKV7b(RWKV7a):
     def call(self, tokens: Tensor, embedded: Tensor, state: State, cu_seqlens: Tensor | None) -> Call:
         grows = growth(tokens, state.tokens_seen, state.shared.tokens.shape[1], cu_seqlens)
         text = grows.write(state.shared.tokens, grows.rows(tokens.to(torch.int64)))
-        past = self.blocks[0].ln0(self.emb(text))
-        return Call(tokens, embedded, cu_seqlens, past, grows, Text(text))
+        return Call(tokens, embedded, cu_seqlens, self.embed(text), grows, Text(text))
 
     def init_state(self, batch: int = 1) -> State:
         state = super().init_state(batch)

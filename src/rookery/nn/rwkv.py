@@ -100,6 +100,10 @@ class RWKV(LanguageModel):
         mixes = self.time_mix(config, layer), self.channel_mix(config, layer)
         return Block(*mixes, config.hidden_size, config.layer_norm_eps, first=layer == 0)
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The residual stream before the first block, [..., c]."""
+        return self.blocks[0].ln0(self.emb(tokens))
+
     def call(self, tokens: Tensor, embedded: Tensor, state: State, cu_seqlens: Tensor | None) -> Call:
         """What the blocks are told about these tokens."""
         return Call(tokens, embedded, cu_seqlens)
@@ -108,7 +112,7 @@ class RWKV(LanguageModel):
         self, tokens: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
         state = self.check_tokens(tokens, state, cu_seqlens)
-        x = self.blocks[0].ln0(self.emb(tokens))
+        x = self.embed(tokens)
         call = self.call(tokens, x, state, cu_seqlens)
         layers, v_first = [], None
         for block, before in zip(self.blocks, state.layers, strict=True):
