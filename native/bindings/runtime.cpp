@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
 #include <map>
 #include <memory>
 #include <stdexcept>
@@ -11,6 +12,8 @@
 #include <vector>
 
 #include "bindings/module.hpp"
+#include "core/threads.hpp"
+#include "kernels/reading.hpp"
 #include "runtime/rwkv7.hpp"
 
 namespace nb = nanobind;
@@ -87,9 +90,25 @@ struct Model {
   }
 };
 
+// Reads an array once, each thread a part of it.
+std::uint32_t read_memory(const Array& array, int threads, const std::string& isa) {
+  const auto& kernels = reading_kernels(find_isa(isa));
+  const auto* memory = static_cast<const std::byte*>(array.data());
+  const auto blocks = static_cast<std::int64_t>(array.nbytes()) / 1024;
+  std::atomic<std::uint32_t> result{0};
+  nb::gil_scoped_release unlocked;
+  in_team(threads, [&](Team& team, int member) {
+    const std::int64_t begin = blocks * member / team.size(), end = blocks * (member + 1) / team.size();
+    result ^= kernels.read(memory + begin * 1024, (end - begin) * 1024);
+  });
+  return result;
+}
+
 }  // namespace
 
 void bind_runtime(nb::module_& m) {
+  m.def("read_memory", &read_memory, "array"_a, "threads"_a, "isa"_a = "",
+        "Reads an array (but for its last bytes) from memory, as fast as it can be: the exclusive or of its words.");
   nb::class_<Model>(m, "Rwkv7", "An RWKV-7 model that runs on the CPU.")
       .def(nb::init<const nb::dict&, const std::map<std::string, Array>&, const std::string&, int>(), "sizes"_a,
            "tensors"_a, "isa"_a, "threads"_a,
@@ -103,6 +122,11 @@ void bind_runtime(nb::module_& m) {
                      return names;
                    },
                    "Names of the tensors that are used where they lie, and kept alive.")
+      .def_prop_ro("ffn_reads",
+                   [](const Model& model) {
+                     return nb::make_tuple(model.runtime->ffn_reads.load(), model.runtime->ffn_columns.load());
+                   },
+                   "Columns of the channel mixes' second matrices read so far, and how many there were.")
       .def_prop_ro("isa", [](const Model& model) { return std::string(name(model.runtime->isa)); })
       .def("forward", &Model::forward, "tokens"_a, "states"_a, "lengths"_a, "wanted"_a, "logits"_a, "threads"_a,
            "Reads lengths[i] tokens into states[i], one sequence after the other, and writes the logits that follow "

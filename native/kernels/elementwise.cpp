@@ -59,6 +59,15 @@ void approach(float* x, const float* target, const float* logit, int64_t count) 
   });
 }
 
+void add_parts(float* x, const float* parts, int64_t number, int64_t stride, int64_t count) {
+  sweep(count, [&](int64_t j, auto part) {
+    // begins with zero as the sums of `product` do
+    vfloat total{};
+    for (int64_t i = 0; i < number; ++i) total += load(parts + i * stride + j, part);
+    store(x + j, load(x + j, part) + total, part);
+  });
+}
+
 template <class T>
 void widen(const void* x, float* out, int64_t count) {
   sweep(count, [&](int64_t j, auto part) { store(out + j, load(static_cast<const T*>(x) + j, part), part); });
@@ -69,7 +78,7 @@ void widen(const void* x, float* out, int64_t count) {
 
 const ElementwiseKernels ROOKERY_ISA::elementwise{
     ROOKERY_ISA::layer_norm,  ROOKERY_ISA::hyperbolic_tangent, ROOKERY_ISA::logistic,
-    ROOKERY_ISA::exponential, ROOKERY_ISA::approach,
+    ROOKERY_ISA::exponential, ROOKERY_ISA::approach,           ROOKERY_ISA::add_parts,
     {ROOKERY_ISA::widen<float>, ROOKERY_ISA::widen<std::uint16_t>, ROOKERY_ISA::widen<float16>}};
 
 }  // namespace rookery

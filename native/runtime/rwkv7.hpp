@@ -1,6 +1,7 @@
 // RWKV-7 as a whole: reads tokens of any number of sequences, advances their states, gives logits where asked.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -63,6 +64,8 @@ class Rwkv7 {
 
   const Rwkv7Sizes sizes;
   const Isa isa;
+  // Columns of the second matrices of channel mixes that were read (and those that there are), over all calls.
+  mutable std::atomic<std::int64_t> ffn_reads{0}, ffn_columns{0};
 
  private:
   friend class Rwkv7Pass;

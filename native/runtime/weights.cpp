@@ -1,5 +1,9 @@
 #include "runtime/weights.hpp"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -14,11 +18,17 @@
 namespace rookery {
 namespace {
 
+// Memory that starts at a cache line; in pages of 2 MB as far as it fills them, which halves the time of reading it where
+// each miss of the page table counts.
 std::shared_ptr<std::byte[]> aligned(std::size_t bytes) {
-  constexpr std::size_t line = 64;
-  auto* memory = static_cast<std::byte*>(std::aligned_alloc(line, (bytes + line) / line * line));
+  constexpr std::size_t line = 64, page = std::size_t{2} << 20;
+  const std::size_t alignment = bytes >= page ? page : line;
+  void* memory = std::aligned_alloc(alignment, (bytes + alignment) / alignment * alignment);
   if (!memory) throw std::bad_alloc();
-  return {memory, std::free};
+#if defined(__linux__)
+  if (bytes >= page) madvise(memory, bytes / page * page, MADV_HUGEPAGE);
+#endif
+  return {static_cast<std::byte*>(memory), std::free};
 }
 
 // out[j, i] = in[i, j], in squares that stay in the first-level cache.
