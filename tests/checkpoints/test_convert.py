@@ -290,3 +290,12 @@ def test_files_of_rwkv_cpp_come_back_as_they_were(tmp_path, name):
         assert (ours[key].shape, ours[key].dtype) == (tensor.shape, tensor.dtype), key
         exact = "time_decay" not in key
         np.testing.assert_allclose(ours[key].read(), tensor.read(), rtol=0 if exact else 1e-5, err_msg=key)
+
+
+def test_a_sidecar_of_another_file_is_not_believed(tmp_path, source, caplog):
+    convert(source(), tmp_path / "m.pth")
+    other = tiny("rwkv4-test")
+    torch.save(other.state_dict(), tmp_path / "m.pth")
+    checkpoint = open_checkpoint(tmp_path / "m.pth")
+    assert (checkpoint.family.name, checkpoint.fingerprint()) == ("rwkv4", other.fingerprint())
+    assert "m.pth.json describes another file than" in caplog.text

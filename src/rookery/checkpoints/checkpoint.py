@@ -1,6 +1,7 @@
 """Opens any readable model file: what it is, and its tensors under their official names."""
 
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,8 @@ from rookery.checkpoints.state_file import fingerprint
 from rookery.errors import BadCheckpoint
 from rookery.families.base import Family
 from rookery.registry import families, recognise
+
+log = logging.getLogger("rookery")
 
 ONLY_LAYOUT = {"ggmf": "ggmf", "gguf": "gguf"}
 """Formats whose files have one naming scheme; any other may hold official names or a foreign scheme."""
@@ -121,6 +124,9 @@ def with_sidecar(source: Source, where: str) -> Source:
     if not isinstance(beside, dict) or "rookery" not in beside:
         return source
     told = {key: value for key, value in beside.items() if isinstance(value, str)}
+    if told.pop("bytes", None) != str(os.path.getsize(where)):
+        log.warning("%s describes another file than %s and is not used; remove it", sidecar, where)
+        return source
     return replace(source, metadata={**source.metadata, **told})
 
 

@@ -24,6 +24,9 @@ SUFFIXES = {".safetensors": "official", ".pth": "pth", ".pt": "pth", ".bin": "gg
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": BFLOAT16}
 PACKED = ("q8_0", "q4_0")
 """Further types, for GGUF alone."""
+_GENERAL = ("architecture", "file_type", "alignment", "quantization_version")
+OF_THE_FILE = {"version", "tokenizer", *(f"general.{key}" for key in _GENERAL)}
+"""Metadata that say how the source is written, not what it is."""
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all, counted as in the source."""
 
@@ -230,7 +233,7 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
     told = {
         key: value
         for key, value in checkpoint.metadata.items()
-        if isinstance(value, str) and key not in ("version", "tokenizer") and not key.startswith("tokenizer.")
+        if isinstance(value, str) and key not in OF_THE_FILE and not key.startswith("tokenizer.")
     }
     return told | {
         "format": "pt",
@@ -263,8 +266,9 @@ def _file_of(tokenizer: Any) -> str:
 
 def _with_sidecar(job: _Job, metadata: Mapping[str, str]) -> tuple[str, ...]:
     sidecar = job.path.with_name(job.path.name + ".json")
+    metadata = {**metadata, "bytes": str(job.path.stat().st_size)}  # by which another file of that name is told
     with replacing(sidecar) as temporary:
-        temporary.write_text(json.dumps(dict(metadata), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(metadata, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return (str(sidecar),)
 
 
