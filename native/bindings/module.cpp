@@ -28,6 +28,8 @@ NB_MODULE(_native, m) {
   rookery::bind_runtime(m);
   rookery::bind_token_shift(m);
   rookery::bind_tokenizer(m);
+  rookery::bind_wkv4(m);
+  rookery::bind_wkv6(m);
   rookery::bind_wkv7(m);
   rookery::bind_wkv7_inputs(m);
   rookery::bind_wkv7_output(m);

@@ -1,4 +1,4 @@
-"""What the element-wise operators' native backends share: which tensors they take, and the settings of a call."""
+"""What the native backends share: which tensors they take, where the rows lie, and the settings of a call."""
 
 from typing import Any
 
@@ -27,3 +27,17 @@ def settings(x: Tensor, isa: str) -> dict[str, Any]:
 def addresses(**tensors: Tensor) -> dict[str, int]:
     """Where the tensors lie; they must be contiguous and outlive the call."""
     return {name: x.data_ptr() for name, x in tensors.items()}
+
+
+def sequence_starts(x: Tensor, cu_seqlens: Tensor | None) -> list[int]:
+    """The first token of each row of the state, counted over the whole batch of x [b, t, …], and the number of tokens.
+
+    ValueError unless `cu_seqlens` cuts the one row of `x` into documents.
+    """
+    batch, tokens = x.shape[:2]
+    if cu_seqlens is None:
+        return [row * tokens for row in range(batch + 1)]
+    starts = cu_seqlens.tolist()
+    if batch != 1 or starts[0] != 0 or starts[-1] != tokens or any(x > y for x, y in zip(starts, starts[1:])):
+        raise ValueError(f"cu_seqlens must rise from 0 to {tokens} in a batch of 1; it is {starts}, the batch {batch}")
+    return starts

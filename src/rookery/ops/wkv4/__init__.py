@@ -2,7 +2,8 @@
 
     y_t = (Σ_{i<t} e^{(t−1−i) log_w + k_i} v_i + e^{u + k_t} v_t) / (the same without v)
 
-The state holds the two sums divided by e^top, and top, the largest exponent so far: [weighted, total, top].
+The state holds the two sums divided by e^top, and top, the largest exponent so far: [weighted, total, top]. What counts
+is the sums; top says in which unit they are measured, and gradients take it for a constant.
 """
 
 import torch
@@ -10,9 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rookery.ops.dispatch import Backend, Op
-from rookery.ops.wkv4 import reference
+from rookery.ops.wkv4 import native, reference
 
-OP = Op("wkv4", [Backend("reference", reference.wkv4)])
+OP = Op("wkv4", [Backend("native", native.wkv4, native.why_not), Backend("reference", reference.wkv4)])
 NOTHING_YET = -1e38
 """`top` before the first token: e to it is zero, and sums with it stay finite in float32."""
 
@@ -31,8 +32,9 @@ def wkv4(
 
     `log_w` ≤ 0 is the decay per token in the exponent (−exp(time_decay)), `u` the bonus of the token itself. `state`
     [rows, 3, c] is float32 (float64 for float64 inputs), empty where left out; it is not changed, and gradients flow to
-    its two sums. `cu_seqlens` [d + 1] cuts the single row into d documents (empty ones allowed), each with its own
-    row of `state`.
+    its two sums (that of `top` is zero). `cu_seqlens` [d + 1] cuts the single row into d documents (empty ones
+    allowed), each with its own row of `state`. Raises BackendUnavailable if `backend` cannot run, ValueError for a
+    state that does not fit.
     """
     rows = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if state is None:

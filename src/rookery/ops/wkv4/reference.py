@@ -23,15 +23,16 @@ def wkv4(
         return per_document(run, k=k, v=v, state=state, cu_seqlens=cu_seqlens)
     out_dtype = v.dtype
     log_w, u, k, v = (x.to(state.dtype) for x in (log_w, u, k, v))
-    # sums of e^k v and e^k, both divided by e^top, so that no exponential overflows
-    weighted, total, top = state.unbind(1)
+    # sums of e^k v and e^k, both divided by e^top, so that no exponential overflows; `highest` cancels out of all they
+    # are used for, so it is a constant to gradients
+    weighted, total, top = state[:, 0], state[:, 1], state[:, 2].detach()
     outputs = []
-    for t in range(k.shape[1]):
-        highest = torch.maximum(top, u + k[:, t])
-        past, now = (top - highest).exp(), (u + k[:, t] - highest).exp()
-        outputs.append((past * weighted + now * v[:, t]) / (past * total + now))
-        highest = torch.maximum(top + log_w, k[:, t])
-        past, now = (top + log_w - highest).exp(), (k[:, t] - highest).exp()
-        weighted, total, top = past * weighted + now * v[:, t], past * total + now, highest
+    for kt, vt in zip(k.unbind(1), v.unbind(1)):
+        highest = torch.maximum(top, u + kt).detach()
+        past, now = (top - highest).exp(), (u + kt - highest).exp()
+        outputs.append((past * weighted + now * vt) / (past * total + now))
+        highest = torch.maximum(top + log_w, kt).detach()
+        past, now = (top + log_w - highest).exp(), (kt - highest).exp()
+        weighted, total, top = past * weighted + now * vt, past * total + now, highest
     y = torch.stack(outputs, dim=1) if outputs else v.new_zeros(v.shape)
     return y.to(out_dtype), torch.stack([weighted, total, top], dim=1)

@@ -8,9 +8,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rookery.ops.dispatch import Backend, Op
-from rookery.ops.wkv6 import reference
+from rookery.ops.wkv6 import chunked, native, reference
 
-OP = Op("wkv6", [Backend("reference", reference.wkv6)])
+OP = Op(
+    "wkv6",
+    [
+        Backend("native", native.wkv6, native.why_not),
+        Backend("chunked", chunked.wkv6),
+        Backend("reference", reference.wkv6),
+    ],
+)
 
 
 def wkv6(
@@ -29,9 +36,8 @@ def wkv6(
     `log_w` ≤ 0 is the natural logarithm of the decay; it has no lower bound (a decay of 0 in float32 is allowed). `u`
     is the bonus of the token itself. `state` is the matrix before the first token, value × key (the papers and official
     files write key × value), float32 (float64 for float64 inputs), zero where left out; it is not changed, and
-    gradients flow to it. `cu_seqlens` [d + 1] cuts the single row into d documents (empty ones allowed), each
-    with its own row of `state`. Raises BackendUnavailable if `backend` cannot run, ValueError for shapes that do not
-    fit.
+    gradients flow to it. `cu_seqlens` [d + 1] cuts the single row into d documents (empty ones allowed), each with its
+    own row of `state`. Raises BackendUnavailable if `backend` cannot run, ValueError for shapes that do not fit.
     """
     rows = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     expected = (rows, r.shape[2], v.shape[3], r.shape[3])

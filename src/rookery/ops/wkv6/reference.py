@@ -25,10 +25,10 @@ def wkv6(
     out_dtype = v.dtype
     r, log_w, k, v, u = (x.to(state.dtype) for x in (r, log_w, k, v, u))
     outputs = []
-    for t in range(r.shape[1]):
-        written = v[:, t, ..., None] * k[:, t, ..., None, :]
+    for rt, wt, kt, vt in zip(r.unbind(1), log_w.exp().unbind(1), k.unbind(1), v.unbind(1)):
+        written = vt[..., None] * kt[..., None, :]
         # the token itself is read with the bonus u instead of a place in the state
-        outputs.append(((state + u[:, None, :] * written) @ r[:, t, ..., None])[..., 0])
-        state = state * log_w[:, t].exp()[..., None, :] + written
+        outputs.append(((state + u[:, None, :] * written) @ rt[..., None])[..., 0])
+        state = state * wt[..., None, :] + written
     y = torch.stack(outputs, dim=1) if outputs else v.new_zeros(v.shape)
     return y.to(out_dtype), state

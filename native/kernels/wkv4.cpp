@@ -1,0 +1,241 @@
+// Channels do not know of each other: lanes hold channels, and the loop runs over tokens. Sums are kept as multiples of
+// e^top, where top is the largest exponent in them, so that every exponential taken here is of a number ≤ 0.
+#include "kernels/wkv4.hpp"
+
+#include <utility>
+
+#include "core/math.hpp"
+
+namespace rookery {
+namespace ROOKERY_ISA {
+namespace {
+
+using std::int64_t;
+
+constexpr int64_t chunk = wkv4_chunk;
+constexpr float nothing = -1e38f;  // an exponent: e to it is zero, and sums with it stay finite
+
+// Loads and stores `lanes` numbers, or the first few of them, of a tensor [tokens, channels].
+template <class Width>
+vfloat get(const HeadTensor& x, int64_t at, Width width) {
+  if (!x.data) return vfloat{};
+  if (x.bfloat16) return load(static_cast<const std::uint16_t*>(x.data) + at, width);
+  return load(static_cast<const float*>(x.data) + at, width);
+}
+
+template <class Width>
+void put(const HeadTensor& x, int64_t at, vfloat value, Width width) {
+  if (x.bfloat16)
+    store(static_cast<std::uint16_t*>(x.data) + at, value, width);
+  else
+    store(static_cast<float*>(x.data) + at, value, width);
+}
+
+// e^x for x ≤ 0, 0 where float32 has no more than a few digits of it.
+inline vfloat falling(vfloat x) {
+  const vfloat e = exp(x);
+  return x < splat(-87.0f) ? vfloat{} : e;
+}
+
+// A log decay may be −∞, which has no place in the arithmetic of `add`.
+inline vfloat bounded(vfloat log_w) {
+  const vfloat lowest = splat(-1e37f);
+  return log_w < lowest ? lowest : log_w;
+}
+
+// An exponent in two parts. A slow decay is added to it once per token, and rounded every time in the same direction:
+// in one float32, 1000 tokens would shift the weight of what is old by up to 1e-3.
+struct Exponent {
+  vfloat high, low;
+};
+
+inline Exponent operator-(Exponent x) { return {-x.high, -x.low}; }
+
+// x + step, exactly but for the rounding of the lower part.
+inline Exponent add(Exponent x, vfloat step) {
+  const vfloat y = step + x.low, sum = x.high + y, moved = sum - x.high;
+  return {sum, (x.high - (sum - moved)) + (y - moved)};
+}
+
+// e^(x − top) and e^(y − top) for top = max(x, y): one of them is 1.
+struct Pair {
+  vfloat x, y;
+  Exponent top;
+};
+
+inline Pair against_larger(Exponent x, Exponent y) {
+  const vfloat gap = (x.high - y.high) + (x.low - y.low), zero{}, one = splat(1.0f);
+  const vfloat small = falling(gap > zero ? -gap : gap);
+  const Exponent top{gap > zero ? x.high : y.high, gap > zero ? x.low : y.low};
+  return {gap > zero ? one : small, gap > zero ? small : one, top};
+}
+
+// Sums of e^k v and of e^k, as multiples of e^top.
+struct Sums {
+  vfloat weighted, total;
+  Exponent top;
+};
+
+// Moves the sums past a token; returns by what the old sums and the token were scaled.
+inline Pair advance(Sums& s, vfloat log_w, vfloat k, vfloat v) {
+  const Pair e = against_larger(add(s.top, log_w), {k, vfloat{}});
+  s = {e.x * s.weighted + e.y * v, e.x * s.total + e.y, e.top};
+  return e;
+}
+
+// What a token weighs beside the sums before it in its own output.
+inline Pair weigh(const Sums& s, vfloat u, vfloat k) { return against_larger(s.top, {u + k, vfloat{}}); }
+
+// Calls work(j, width) for every vector of a task's channels, j counted from the first channel of the tensor.
+template <class Work>
+void each_vector(const Wkv4Shape& shape, int64_t first, Work&& work) {
+  const int64_t left = shape.channels - first;
+  sweep(left < wkv4_channels ? left : wkv4_channels, [&](int64_t j, auto width) { work(first + j, width); });
+}
+
+template <class Width>
+Sums load_sums(const float* state, int64_t channels, int64_t j, Width width) {
+  return {load(state + j, width), load(state + channels + j, width), {load(state + 2 * channels + j, width), vfloat{}}};
+}
+
+template <class Width>
+void store_sums(float* state, int64_t channels, int64_t j, const Sums& s, Width width) {
+  const vfloat rest = s.top.low + 1.0f;  // e^low, as low is no more than a rounding of high
+  store(state + j, s.weighted * rest, width);
+  store(state + channels + j, s.total * rest, width);
+  store(state + 2 * channels + j, s.top.high, width);
+}
+
+void forward(const Wkv4Shape& shape, const Wkv4Inputs& in, const Wkv4Results& out, int64_t row, int64_t channel) {
+  const int64_t c = shape.channels, end = shape.starts[row + 1];
+  float* last = out.state + row * 3 * c;
+  each_vector(shape, channel, [&](int64_t j, auto width) {
+    store_sums(last, c, j, load_sums(in.state + row * 3 * c, c, j, width), width);
+  });
+  int64_t saved = shape.chunks[row];
+  // chunks outside, channels inside: the memory of neighbouring channels is in cache when their turn comes
+  for (int64_t first = shape.starts[row]; first < end; first += chunk, ++saved) {
+    const int64_t stop = end - first < chunk ? end : first + chunk;
+    each_vector(shape, channel, [&](int64_t j, auto width) {
+      const vfloat log_w = bounded(load(in.log_w + j, width)), u = load(in.u + j, width);
+      Sums s = load_sums(last, c, j, width);
+      if (out.checkpoints) store_sums(out.checkpoints + saved * 3 * c, c, j, s, width);
+      for (int64_t t = first; t < stop; ++t) {
+        const vfloat k = get(in.k, t * c + j, width), v = get(in.v, t * c + j, width);
+        const Pair e = weigh(s, u, k);
+        put(out.y, t * c + j, (e.x * s.weighted + e.y * v) / (e.x * s.total + e.y), width);
+        advance(s, log_w, k, v);
+      }
+      store_sums(last, c, j, s, width);
+    });
+  }
+}
+
+// What the backward pass knows of every token of a chunk.
+struct Token {
+  Sums before;
+  Pair step;  // of `advance`; its top is that of the sums after the token
+};
+
+// Gradients with respect to the true sums, as multiples of e^top. That exponent and the one of the sums at the same
+// place add up to 0 at most, whatever the decay (each product is a term of some later sum, divided by that sum).
+struct Adjoint {
+  vfloat weighted, total;
+  Exponent top;
+};
+
+struct Parameters {
+  vfloat log_w, u;
+};
+
+// One token of one vector of channels. `a` is of the sums after the token on entry, of those before it on return;
+// returns the gradients of k and v.
+inline std::pair<vfloat, vfloat> backward_token(
+    const Token& token, const Parameters& p, vfloat k, vfloat v, vfloat grad_y, Adjoint& a, Parameters& grad) {
+  const Sums& s = token.before;
+  const Pair e = weigh(s, p.u, k);
+  const vfloat divisor = e.x * s.total + e.y, y = (e.x * s.weighted + e.y * v) / divisor;
+  const vfloat scaled = grad_y / divisor, own = scaled * e.y;
+  // token.step scales with the sums after the token: what comes from there needs this factor
+  const vfloat through = falling((token.step.top.high + a.top.high) + (token.step.top.low + a.top.low));
+  const vfloat written = through * token.step.y;
+  const vfloat grad_k = own * (v - y) + written * (a.weighted * v + a.total);
+  const vfloat grad_v = own + written * a.weighted;
+  grad.u += own * (v - y);
+  grad.log_w += through * token.step.x * (a.weighted * s.weighted + a.total * s.total);
+  const Pair f = against_larger(add(a.top, p.log_w), -e.top);
+  a = {f.x * a.weighted + f.y * scaled, f.x * a.total - f.y * scaled * y, f.top};
+  return {grad_k, grad_v};
+}
+
+// The state of the backward pass between two chunks, of one vector of channels.
+struct Carried {
+  Adjoint adjoint{vfloat{}, vfloat{}, {splat(nothing), vfloat{}}};
+  Parameters grad{};
+};
+
+// The chunk of tokens first … stop − 1. `last` is the gradient of the sums after it as multiples of e^(their top),
+// given for the last chunk of a row, where nothing is carried yet.
+template <class Width>
+void backward_chunk(
+    const Wkv4Shape& shape, const Wkv4Inputs& in, const float* checkpoint, const float* last, const Wkv4Grads& grads,
+    int64_t first, int64_t stop, int64_t j, Width width, Carried& carried) {
+  const int64_t c = shape.channels;
+  const Parameters p{bounded(load(in.log_w + j, width)), load(in.u + j, width)};
+  Token tokens[chunk];
+  Sums s = load_sums(checkpoint, c, j, width);
+  for (int64_t t = first; t < stop; ++t) {
+    tokens[t - first].before = s;
+    tokens[t - first].step = advance(s, p.log_w, get(in.k, t * c + j, width), get(in.v, t * c + j, width));
+  }
+  if (last) carried.adjoint = {load(last + j, width), load(last + c + j, width), {-s.top.high, vfloat{}}};
+  Parameters grad{};  // summed chunk by chunk: many small numbers onto one large one would lose digits
+  for (int64_t t = stop - 1; t >= first; --t) {
+    const int64_t at = t * c + j;
+    const vfloat k = get(in.k, at, width), v = get(in.v, at, width), y = get(grads.y, at, width);
+    const auto [grad_k, grad_v] = backward_token(tokens[t - first], p, k, v, y, carried.adjoint, grad);
+    put(grads.k, at, grad_k, width);
+    put(grads.v, at, grad_v, width);
+  }
+  carried.grad.log_w += grad.log_w;
+  carried.grad.u += grad.u;
+}
+
+void backward(
+    const Wkv4Shape& shape, const Wkv4Inputs& in, const float* checkpoints, const Wkv4Grads& grads, int64_t row,
+    int64_t channel) {
+  const int64_t c = shape.channels, start = shape.starts[row], end = shape.starts[row + 1];
+  const float* last = grads.state ? grads.state + row * 3 * c : nullptr;
+  Carried carried[wkv4_channels / lanes];
+  for (int64_t n = (end - start + chunk - 1) / chunk - 1; n >= 0; --n) {
+    const int64_t first = start + n * chunk;
+    const bool whole = end - first >= chunk, is_last = end - first <= chunk;
+    each_vector(shape, channel, [&](int64_t j, auto width) {
+      backward_chunk(shape, in, checkpoints + (shape.chunks[row] + n) * 3 * c, is_last ? last : nullptr, grads, first,
+                     whole ? first + chunk : end, j, width, carried[(j - channel) / lanes]);
+    });
+  }
+  each_vector(shape, channel, [&](int64_t j, auto width) {
+    const Carried& at = carried[(j - channel) / lanes];
+    store(grads.log_w + row * c + j, at.grad.log_w, width);
+    store(grads.u + row * c + j, at.grad.u, width);
+    Sums grad{};
+    if (start < end) {
+      const Adjoint& a = at.adjoint;
+      const vfloat through = falling((a.top.high + load(in.state + (row * 3 + 2) * c + j, width)) + a.top.low);
+      grad.weighted = through * a.weighted;
+      grad.total = through * a.total;
+    } else if (last) {
+      grad.weighted = load(last + j, width);
+      grad.total = load(last + c + j, width);
+    }
+    store_sums(grads.initial_state + row * 3 * c, c, j, grad, width);
+  });
+}
+
+}  // namespace
+}  // namespace ROOKERY_ISA
+
+const Wkv4Kernels ROOKERY_ISA::wkv4{ROOKERY_ISA::forward, ROOKERY_ISA::backward};
+
+}  // namespace rookery
