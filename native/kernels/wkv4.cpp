@@ -100,9 +100,9 @@ Sums load_sums(const float* state, int64_t channels, int64_t j, Width width) {
 
 template <class Width>
 void store_sums(float* state, int64_t channels, int64_t j, const Sums& s, Width width) {
-  const vfloat rest = s.top.low + 1.0f;  // e^low, as low is no more than a rounding of high
-  store(state + j, s.weighted * rest, width);
-  store(state + channels + j, s.total * rest, width);
+  // e^low = 1 + low, as low is no more than a rounding of high; the sum itself would round low away
+  store(state + j, s.weighted + s.weighted * s.top.low, width);
+  store(state + channels + j, s.total + s.total * s.top.low, width);
   store(state + 2 * channels + j, s.top.high, width);
 }
 

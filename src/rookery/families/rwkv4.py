@@ -22,6 +22,8 @@ class RWKV4Config(Recurrent):
     """Hidden units of the channel mix."""
     layer_norm_eps: float = 1e-5
     """Epsilon of every layer norm."""
+    rescale_every: int = 0
+    """Blocks after which the residual stream is halved, so that it fits into float16; 0 for never (nn.rwkv.rescale)."""
 
     @property
     def wkv_shape(self) -> tuple[int, int]:
@@ -50,11 +52,41 @@ def tensor_shapes(config: RWKV4Config) -> dict[str, tuple[int, ...]]:
 
 
 def recognise(shapes: Shapes) -> bool:
-    return "blocks.0.att.time_mix_k" in shapes and "blocks.0.att.ln_x.weight" not in shapes
+    # experiments and forerunners are recognised in order to be refused by name
+    first = ("att.time_mix_k", "ffnPre.time_mix_k", "att.time_mix")
+    return any(f"blocks.0.{name}" in shapes for name in first) and "blocks.0.att.ln_x.weight" not in shapes
+
+
+UNSUPPORTED = {
+    "ffnPre": "a channel mix in the place of the first time mix",
+    "tiny_ln": "a small attention beside a channel mix (tiny_att)",
+    "tiny_q": "a small attention beside a channel mix (tiny_att)",
+    "head_q": "a head that copies earlier tokens",
+    "head_k": "a head that copies earlier tokens",
+    "pos_emb_x": "position embeddings of images",
+    "pos_emb_y": "position embeddings of images",
+    **{
+        prefix + name: "an attention inside the time mix" for prefix in ("time_mix_", "") for name in ("qq", "kk", "vv")
+    },
+    "time_mix": "one mix for all of r, k and v, which is RWKV-2",
+}
+"""Part of a tensor's name -> the experiment of RWKV-v4neo, or the older version, that it belongs to (core.md 1.2)."""
+
+
+def refuse_unsupported(shapes: Shapes, family: str) -> None:
+    """BadCheckpoint naming the first tensor of an experiment that no model here computes."""
+    for name in shapes:
+        for part in name.split("."):
+            if part in UNSUPPORTED:
+                raise BadCheckpoint(
+                    f"a variant of {family} that is not supported: {name!r} belongs to {UNSUPPORTED[part]}. "
+                    f"Released {family} models have no such tensor"
+                )
 
 
 def config_from_shapes(shapes: Shapes) -> RWKV4Config:
     """Sizes from the tensors alone."""
+    refuse_unsupported(shapes, "RWKV-4")
     vocab_size, hidden_size, layers = sizes_from(shapes, "RWKV-4")
     if "blocks.0.ffn.key.weight" not in shapes:
         raise BadCheckpoint("not a whole RWKV-4 checkpoint: 'blocks.0.ffn.key.weight' is missing")

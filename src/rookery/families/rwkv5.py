@@ -7,6 +7,7 @@ from rookery.errors import BadCheckpoint
 from rookery.families.base import Family, Headed, Shapes, sizes_from, skeleton_shapes
 from rookery.families.layout import Layout, Rule
 from rookery.families.published import HF_4_5, WEB_5
+from rookery.families.rwkv4 import refuse_unsupported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,8 @@ class RWKV5Config(Headed):
     """Epsilon of every layer norm."""
     group_norm_eps: float = 64e-5
     """Epsilon of the per-head norm: 1e-5 after a division by 8 (core.md 1.3); files of rwkv.cpp mean 1e-5 without."""
+    rescale_every: int = 0
+    """Blocks after which the residual stream is halved, so that it fits into float16; 0 for never (nn.rwkv.rescale)."""
 
 
 def create(*, hidden_size: int = 768, **given) -> RWKV5Config:
@@ -71,6 +74,7 @@ def recognise(shapes: Shapes) -> bool:
 
 def config_from_shapes(shapes: Shapes) -> RWKV5Config:
     """Sizes and version from the tensors alone."""
+    refuse_unsupported(shapes, "RWKV-5")
     vocab_size, hidden_size, layers = sizes_from(shapes, "RWKV-5")
     for name in ("att.time_decay", "ffn.key.weight"):
         if f"blocks.0.{name}" not in shapes:

@@ -37,6 +37,8 @@ class RWKV6Config(Headed):
     """Epsilon of every layer norm."""
     group_norm_eps: float = 64e-5
     """Epsilon of the norm after the recurrence; variants b and c normalise all heads together, with 1e-5."""
+    rescale_every: int = 0
+    """Blocks after which the residual stream is halved, so that it fits into float16; 0 for never (nn.rwkv.rescale)."""
 
     @property
     def signals(self) -> str:

@@ -49,7 +49,8 @@ class TimeMix(nn.Module):
         signals, shift = self.interpolate(x, shift, cu_seqlens)
         # float32: the decay is exponentiated twice
         raw = (self.time_decay + (signals["w"] @ self.time_decay_w1).tanh() @ self.time_decay_w2).to(wkv.dtype)
-        log_w = -raw.exp()
+        # e^88 is infinite in float32 and the gradient there 0 · ∞; every decay beyond raw = 5 is 0 anyway
+        log_w = -raw.clamp(max=80).exp()
         r, v, k = self.receptance(signals["r"]), self.value(signals["v"]), self.key(signals["k"])
         if self.config.variant == "x060c":
             k = k * (1 - log_w.exp()).to(k.dtype)

@@ -4,6 +4,7 @@ A family gives a time mix, a channel mix and initial values; nothing here knows 
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -115,9 +116,12 @@ class RWKV(LanguageModel):
         x = self.embed(tokens)
         call = self.call(tokens, x, state, cu_seqlens)
         layers, v_first = [], None
-        for block, before in zip(self.blocks, state.layers, strict=True):
+        rescale_every = getattr(self.config, "rescale_every", 0)
+        for i, (block, before) in enumerate(zip(self.blocks, state.layers, strict=True), start=1):
             x, after, v_first = block(x, before, v_first, call)
             layers.append(after)
+            if rescale_every and i % rescale_every == 0:
+                x = x / 2
         read = cu_seqlens.diff() if cu_seqlens is not None else tokens.shape[1]
         return self.ln_out(x), State(tuple(layers), state.tokens_seen + read, self.config, call.shared)
 
@@ -152,6 +156,25 @@ class RWKV(LanguageModel):
         config = self.config
         uniform_(self.emb.weight, emb, generator)
         orthogonal_(self.head.weight, 0.5 * max(1, config.vocab_size / config.hidden_size) ** 0.5, generator)
+
+
+@torch.no_grad()
+def rescale(model: RWKV, every: int = 6) -> None:
+    """Changes a finished model, in place, so that its residual stream is halved after every so many blocks.
+
+    Deep RWKV-4 to RWKV-6 models grow beyond 65504, the largest float16. What block i adds, the output of `att.output`
+    and of `ffn.value`, is divided by 2^(i // every); all that reads the stream is a layer norm, which does not see a
+    factor (but for its epsilon), so the logits stay what they were. `every=0` takes it back. States from before belong
+    to another model. Raises ValueError for families that do not offer it.
+    """
+    before = getattr(model.config, "rescale_every", None)
+    if before is None:
+        raise ValueError(f"{model.family} has no rescale_every; RWKV-4, 5 and 6 have")
+    for i, block in enumerate(model.blocks):
+        exponent = (i // before if before else 0) - (i // every if every else 0)
+        for weight in (block.att.output.weight, block.ffn.value.weight):
+            weight.mul_(2.0**exponent)
+    model.config = replace(model.config, rescale_every=every)
 
 
 def set_vectors(block: nn.Module, values: Mapping[str, Tensor]) -> None:
