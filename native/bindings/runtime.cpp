@@ -97,8 +97,9 @@ std::uint32_t read_memory(const Array& array, int threads, const std::string& is
   const auto blocks = static_cast<std::int64_t>(array.nbytes()) / 1024;
   std::atomic<std::uint32_t> result{0};
   nb::gil_scoped_release unlocked;
-  in_team(threads, [&](Team& team, int member) {
-    const std::int64_t begin = blocks * member / team.size(), end = blocks * (member + 1) / team.size();
+  constexpr int parts = 256;
+  parallel_for(parts, threads, [&](int part) {
+    const std::int64_t begin = blocks * part / parts, end = blocks * (part + 1) / parts;
     result ^= kernels.read(memory + begin * 1024, (end - begin) * 1024);
   });
   return result;

@@ -4,12 +4,12 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <cstdint>
 #include <cstdio>
-#include <memory>
 #include <mutex>
 #include <thread>
-#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -26,61 +26,97 @@ inline void pause() {
 #endif
 }
 
-// Waits for `value` to differ from `old`: a few microseconds awake, because the next kernel usually follows at once, then
-// asleep, because a spinning thread stalls everybody when there are more threads than free cores.
+// Waits for `value` to differ from `old`: some microseconds awake, because it usually changes soon, then asleep, because
+// a thread that spins stalls everybody where there are more threads than free cores.
 void wait_for_change(const std::atomic<unsigned>& value, unsigned old) {
-  for (int i = 0; i < 4000; ++i) {
+  for (int i = 0; i < 1000; ++i) {
     if (value.load(std::memory_order_acquire) != old) return;
     pause();
   }
   value.wait(old, std::memory_order_acquire);
 }
 
+// Tasks of one call are cut into a range for each thread, which takes from its own range first (neighbouring tasks read
+// neighbouring memory) and then from the others'. The caller waits for tasks, never for threads: one that gets no core
+// takes nothing and holds up nobody.
+//
 // The workers live as long as the process: joining them at exit would wait for code that is already being unloaded.
 class Pool {
  public:
+  static constexpr int most_threads = 256;
+
   void run(int count, int threads, const std::function<void(int)>& task) {
-    while (static_cast<int>(workers_) < threads - 1) start_worker();
+    while (workers_ < threads - 1) start_worker();
+    // what a thread may take is one word with the number of the call, so that a late one cannot take from a later call
+    const int together = (count + most_takes - 1) / most_takes, takes = (count + together - 1) / together;
     task_ = &task;
     count_ = count;
-    next_.store(0, std::memory_order_relaxed);
-    seats_.store(threads - 1, std::memory_order_relaxed);
-    busy_.store(static_cast<unsigned>(workers_), std::memory_order_relaxed);
-    round_.fetch_add(1, std::memory_order_release);
-    round_.notify_all();
-    work();
-    for (unsigned left; (left = busy_.load(std::memory_order_acquire)) != 0;) wait_for_change(busy_, left);
+    together_ = together;
+    threads_.store(threads, std::memory_order_relaxed);
+    left_.store(static_cast<unsigned>(takes), std::memory_order_relaxed);
+    const unsigned call = call_.load(std::memory_order_relaxed) + 1;
+    for (std::int64_t i = 0; i < threads; ++i)
+      ranges_[i].word.store(
+          pack(call, static_cast<unsigned>(takes * i / threads), static_cast<unsigned>(takes * (i + 1) / threads)),
+          std::memory_order_release);
+    call_.store(call, std::memory_order_release);
+    call_.notify_all();
+    help(0, call);
+    for (unsigned left; (left = left_.load(std::memory_order_acquire)) != 0;) wait_for_change(left_, left);
   }
+
+  static thread_local bool inside;
 
  private:
-  void start_worker() {
-    const unsigned seen = round_.load(std::memory_order_relaxed);
-    std::thread([this, seen] { serve(seen); }).detach();
-    ++workers_;
+  static constexpr int most_takes = 65535;
+
+  struct alignas(64) Range {
+    std::atomic<std::uint64_t> word{0};  // call, next take, end
+  };
+
+  static std::uint64_t pack(unsigned call, unsigned next, unsigned end) {
+    return static_cast<std::uint64_t>(call) << 32 | next << 16 | end;
   }
 
-  [[noreturn]] void serve(unsigned seen) {
+  void start_worker() {
+    const unsigned seen = call_.load(std::memory_order_relaxed);
+    const int number = ++workers_;
+    std::thread([this, number, seen] { serve(number, seen); }).detach();
+  }
+
+  [[noreturn]] void serve(int number, unsigned seen) {
     inside = true;
     for (;;) {
-      wait_for_change(round_, seen);
-      seen = round_.load(std::memory_order_acquire);
-      if (seats_.fetch_sub(1, std::memory_order_relaxed) > 0) work();
-      if (busy_.fetch_sub(1, std::memory_order_release) == 1) busy_.notify_one();
+      wait_for_change(call_, seen);
+      seen = call_.load(std::memory_order_acquire);
+      if (number < threads_.load(std::memory_order_relaxed)) help(number, seen);
     }
   }
 
-  void work() {
-    for (int i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) (*task_)(i);
+  void help(int number, unsigned call) {
+    const int threads = threads_.load(std::memory_order_relaxed);
+    for (int i = 0; i < threads; ++i) take_all(ranges_[(number + i) % threads].word, call);
+  }
+
+  void take_all(std::atomic<std::uint64_t>& range, unsigned call) {
+    std::uint64_t word = range.load(std::memory_order_acquire);
+    for (;;) {
+      const unsigned next = word >> 16 & 0xffff, end = word & 0xffff;
+      if (word >> 32 != call || next == end) return;
+      if (!range.compare_exchange_weak(word, pack(call, next + 1, end), std::memory_order_acq_rel)) continue;
+      // the call cannot end before this take does: from here on its settings stay what they are
+      const int first = static_cast<int>(next) * together_;
+      for (int i = first; i < std::min(count_, first + together_); ++i) (*task_)(i);
+      if (left_.fetch_sub(1, std::memory_order_acq_rel) == 1) left_.notify_one();
+      word = range.load(std::memory_order_acquire);
+    }
   }
 
   const std::function<void(int)>* task_ = nullptr;
-  int count_ = 0;
-  std::size_t workers_ = 0;
-  std::atomic<int> next_{0}, seats_{0};
-  std::atomic<unsigned> round_{0}, busy_{0};
-
- public:
-  static thread_local bool inside;
+  int count_ = 0, together_ = 1, workers_ = 0;
+  std::atomic<int> threads_{1};
+  std::atomic<unsigned> call_{0}, left_{0};
+  std::array<Range, most_threads> ranges_;
 };
 
 thread_local bool Pool::inside = false;
@@ -103,10 +139,9 @@ int available_cores() {
   return cores;
 }
 
-namespace {
-
-// Runs tasks 0 … count − 1 on `threads` threads and returns true, or false where only the calling thread may run them.
-bool shared_out(int count, int threads, const std::function<void(int)>& task) {
+void parallel_for(int count, int threads, const std::function<void(int)>& task) {
+  if (threads <= 0) threads = available_cores();
+  threads = std::min({threads, count, Pool::most_threads});
   static std::mutex mutex;
   static Pool* pool = [] {
     // a forked child has none of the threads: it starts with a pool of its own
@@ -114,40 +149,13 @@ bool shared_out(int count, int threads, const std::function<void(int)>& task) {
     return new Pool;
   }();
   std::unique_lock lock(mutex, std::defer_lock);
-  if (threads <= 1 || Pool::inside || !lock.try_lock()) return false;
+  if (threads <= 1 || Pool::inside || !lock.try_lock()) {
+    for (int i = 0; i < count; ++i) task(i);
+    return;
+  }
   Pool::inside = true;
   pool->run(count, threads, task);
   Pool::inside = false;
-  return true;
-}
-
-}  // namespace
-
-void parallel_for(int count, int threads, const std::function<void(int)>& task) {
-  if (threads <= 0) threads = available_cores();
-  if (shared_out(count, std::min(threads, count), task)) return;
-  for (int i = 0; i < count; ++i) task(i);
-}
-
-void Team::barrier() {
-  if (size_ == 1) return;
-  const unsigned phase = phase_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
-    arrived_.store(0, std::memory_order_relaxed);
-    phase_.store(phase + 1, std::memory_order_release);
-    phase_.notify_all();
-  } else {
-    wait_for_change(phase_, phase);
-  }
-}
-
-void in_team(int threads, const std::function<void(Team&, int)>& work) {
-  if (threads <= 0) threads = available_cores();
-  Team team(threads);
-  // a member that waits at a barrier holds its thread, so every member has a thread of its own
-  if (shared_out(threads, threads, [&](int member) { work(team, member); })) return;
-  Team alone(1);
-  work(alone, 0);
 }
 
 }  // namespace rookery

@@ -198,6 +198,7 @@ constexpr int abreast = 8;       // inputs whose columns are read at once
 constexpr int64_t block_in = 64; // inputs whose columns are widened at once
 constexpr int strip = lanes > 8 ? 4 : 2;  // vectors of outputs held in registers
 constexpr int strip_tokens = lanes > 8 ? 6 : 4;
+constexpr int narrow_vectors = lanes > 8 ? 4 : 8;  // vectors of outputs of a matrix whose sums stay in registers
 
 // The inputs of a product, in ascending order.
 struct Inputs {
@@ -219,10 +220,21 @@ struct Inputs {
 template <class T>
 class Ahead {
  public:
+  static constexpr int64_t step = line / static_cast<int64_t>(sizeof(T));
+
   Ahead(const Matrix& w, const Inputs& list, int64_t begin, int64_t count)
       : first_(weights<T>(w) + begin), out_(w.out), list_(list), count_(count) {
-    for (int64_t i = 0; i < std::min<int64_t>(distance, list.count); ++i)
-      for (int64_t j = 0; j < count; j += step) one();
+    if (list.count == 0) return;
+    column_ = list[0] * out_;
+    const int64_t columns = std::max<int64_t>(16, 96 * step / std::max(step, count));
+    if (!list.active) {
+      // all columns: the hardware finds the first ones; those of the matrix that follows in memory are asked for, too
+      next_ = columns;
+      column_ = columns * out_;
+    } else {
+      for (int64_t i = 0; i < std::min(columns, list.count); ++i)
+        for (int64_t j = 0; j < count; j += step) one();
+    }
   }
 
   [[gnu::always_inline]] void one() {
@@ -230,19 +242,16 @@ class Ahead {
     place_ += step;
     if (place_ >= count_) {
       place_ = 0;
-      next_ = std::min(next_ + 1, list_.count - 1);
+      next_ = list_.active ? std::min(next_ + 1, list_.count - 1) : next_ + 1;
       column_ = list_[next_] * out_;
     }
   }
 
-  static constexpr int64_t step = line / static_cast<int64_t>(sizeof(T));
-
  private:
-  static constexpr int distance = 16;
   const T* first_;
   int64_t out_;
   const Inputs& list_;
-  int64_t count_, place_ = 0, next_ = 0, column_ = list_.count ? list_[0] * out_ : 0;
+  int64_t count_, place_ = 0, next_ = 0, column_ = 0;
 };
 
 // Adds columns i … i + n − 1 of the list, one after the other, to the sums [tokens, stride] of outputs begin … .
@@ -304,6 +313,49 @@ void few_tokens_by_columns(const Matrix& w, const Product& p, int64_t begin, int
     if (!p.part_stride)
       all([&](int64_t at, int64_t to, auto some) { put(p.y + to, load(totals + at), p.add, some); });
   }
+}
+
+// A matrix of few outputs, whose sums stay in registers: `vectors` vectors of outputs of `tokens` tokens.
+template <class T, int vectors, int tokens>
+inline void narrow_tile(const Matrix& w, const Product& p, int64_t t, int64_t begin) {
+  const float* x = p.x + t * p.x_stride;
+  vfloat totals[tokens * vectors] = {};
+  for (int64_t k = 0; k < w.in;) {
+    const int64_t stop = std::min(w.in, k + part_inputs);
+    vfloat sums[tokens * vectors] = {};
+    for (; k < stop; ++k) {
+      const T* column = weights<T>(w) + k * w.out + begin;
+      vfloat weight[vectors];
+#pragma GCC unroll 8
+      for (int n = 0; n < vectors; ++n) {
+        // often one of several matrices that follow each other
+        if (n * lanes % (line / static_cast<int>(sizeof(T))) == 0)
+          __builtin_prefetch(reinterpret_cast<const char*>(column + n * lanes) + 12 * 1024, 0, 2);
+        weight[n] = load(column + n * lanes);
+      }
+#pragma GCC unroll 4
+      for (int m = 0; m < tokens; ++m) {
+        const vfloat xk = splat(x[m * p.x_stride + k]);
+#pragma GCC unroll 8
+        for (int n = 0; n < vectors; ++n) sums[m * vectors + n] += weight[n] * xk;
+      }
+    }
+    for (int n = 0; n < tokens * vectors; ++n) totals[n] += sums[n];
+  }
+  for (int m = 0; m < tokens; ++m)
+    for (int n = 0; n < vectors; ++n)
+      put(p.y + (t + m) * p.y_stride + begin + n * lanes, totals[m * vectors + n], p.add, Whole{});
+}
+
+template <class T, int vectors>
+void narrow(const Matrix& w, const Product& p, int64_t begin, int64_t end) {
+  if constexpr (vectors > 1)
+    if (end - begin < vectors * lanes) return narrow<T, vectors - 1>(w, p, begin, end);
+  constexpr int together_tokens = lanes > 8 ? 2 : 1;
+  int64_t t = 0;
+  for (; t + together_tokens <= p.tokens; t += together_tokens)
+    narrow_tile<T, vectors, together_tokens>(w, p, t, begin);
+  if (t < p.tokens) narrow_tile<T, vectors, 1>(w, p, t, begin);
 }
 
 // One strip of outputs of `tokens` tokens: adds `count` inputs from `i` on, whose columns are in `panel` [inputs, width].
@@ -379,7 +431,12 @@ static_assert(part_inputs % block_in == 0);
 
 template <class T>
 void by_columns(const Matrix& w, const Product& p, int64_t begin, int64_t end) {
-  (p.tokens <= few_tokens ? few_tokens_by_columns<T> : many_tokens_by_columns<T>)(w, p, begin, end);
+  const int64_t count = end - begin;
+  const bool is_narrow = count <= narrow_vectors * lanes && count % lanes == 0 && !p.active && !p.part_stride;
+  const auto run = p.tokens > few_tokens ? many_tokens_by_columns<T>
+                   : is_narrow           ? narrow<T, narrow_vectors>
+                                         : few_tokens_by_columns<T>;
+  run(w, p, begin, end);
 }
 
 }  // namespace

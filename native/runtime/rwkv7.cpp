@@ -20,9 +20,12 @@ using std::int64_t;
 
 namespace {
 
-// Few tokens: every member computes norms and mixes for itself, which is cheaper than to wait for the others.
-constexpr int64_t few_tokens = 4;
+// So few tokens' norms and mixes are computed sooner than other threads could be told to.
+constexpr int64_t few_tokens = 2;
 constexpr int mixes = 6;
+// Weights of one task at least, so that taking it costs little beside reading them.
+constexpr int64_t task_bytes = 32 * 1024;
+constexpr int tasks_a_thread = 8;
 enum Mix { of_r, of_w, of_k, of_v, of_a, of_g };
 
 }  // namespace
@@ -41,12 +44,12 @@ void Rwkv7::read(const Rwkv7Sizes& s, Weights& weights) {
   const auto matrix = [&](const std::string& name, int64_t out, int64_t in) {
     return weights.borrow(at + name, Order::rows, out, in);
   };
-  // files hold both factors [in, out]: good for the second, whose outputs threads share, bad for the first, whose rows
-  // are too short to read fast
+  // files hold both factors [in, out]: bad for the first, whose rows are too short to read fast, and for the second,
+  // whose outputs are needed head by head
   const auto low_rank = [&](const std::string& name, int64_t rank, bool base) {
     return LowRank{base ? vector(name + "0") : std::vector<float>(),
                    weights.turned(at + name + "1", Order::columns, rank, width),
-                   weights.borrow(at + name + "2", Order::columns, width, rank)};
+                   weights.in_blocks(at + name + "2", width, rank, s.head_dim)};
   };
   embedding_ = matrix("emb.weight", s.vocab, width);
   norm_in_ = norm("blocks.0.ln0");
@@ -80,45 +83,30 @@ void Rwkv7::read(const Rwkv7Sizes& s, Weights& weights) {
   }
 }
 
-// What the tokens of one call go through. Every member of the team executes `run`.
+// What the tokens of one call go through, step by step; each step is shared out among the threads.
 class Rwkv7Pass {
  public:
   Rwkv7Pass(
       const Rwkv7& model, Workspace& memory, std::span<const std::int32_t> tokens, std::span<const Segment> segments,
       std::span<const std::int32_t> wanted, int64_t first, float* logits, int threads)
       : model_(model), sizes_(model.sizes), tokens_(tokens), segments_(segments), wanted_(wanted), first_(first),
-        logits_(logits), count_(static_cast<int64_t>(tokens.size())), few_(count_ <= few_tokens), sparse_(count_ <= product_.few_tokens) {
+        logits_(logits), threads_(threads), count_(static_cast<int64_t>(tokens.size())),
+        sparse_(count_ <= product_.few_tokens) {
     starts_.push_back(0);
     for (const Segment& segment : segments) starts_.push_back(starts_.back() + segment.tokens);
-    place(memory, threads);
+    memory.fit([&] { place(memory); });
   }
 
-  void run(Team& team, int member) {
-    Member me{team, member, few_ ? private_[static_cast<std::size_t>(member)] : shared_,
-              private_[static_cast<std::size_t>(member)].scratch, private_[static_cast<std::size_t>(member)].active};
-    embed(me);
-    team.barrier();
+  void run() {
+    embed();
     for (std::size_t i = 0; i < model_.layers_.size(); ++i) {
-      time_mix(me, i);
-      channel_mix(me, i);
+      time_mix(i);
+      channel_mix(i);
     }
-    head(me);
+    head();
   }
 
  private:
-  // The input of a mixer: the normed tokens, those before the first ones, and the interpolations between them.
-  struct Inputs {
-    float *normed, *previous, *mixed;
-    float* scratch;
-    std::int32_t* active;
-  };
-  struct Member {
-    Team& team;
-    int number;
-    Inputs in;
-    float* scratch;
-    std::int32_t* active;
-  };
   struct Range {
     int64_t begin, end;
   };
@@ -129,120 +117,126 @@ class Rwkv7Pass {
     void (*then)(float* x, int64_t count);
   };
 
-  // This member's part of 0 … total − 1, cut at multiples of `unit`.
-  static Range share(const Member& me, int64_t total, int64_t unit) {
-    const int64_t units = (total + unit - 1) / unit, size = me.team.size();
-    const auto cut = [&](int64_t i) { return std::min(total, units * i / size * unit); };
-    return {cut(me.number), cut(me.number + 1)};
-  }
+  int64_t rows() const { return static_cast<int64_t>(segments_.size()); }
+  int64_t number_of_parts() const { return (sizes_.hidden + part_inputs - 1) / part_inputs; }
+  // Floats for one head: 11 inputs and results of up to wkv7_chunk tokens, one of them with a row more.
+  int64_t head_floats() const { return (11 * std::min(count_, wkv7_chunk) + 1) * sizes_.head_dim; }
 
-  static int64_t scratch_floats(const Rwkv7Sizes& s) { return 12 * wkv7_chunk * s.head_dim + s.head_dim; }
-
-  void place(Workspace& memory, int threads) {
-    const int64_t n = count_, width = n * sizes_.width, rows = static_cast<int64_t>(segments_.size());
-    const int64_t own = few_ ? n : 0;
+  void place(Workspace& memory) {
+    const int64_t n = count_, width = n * sizes_.width;
     const int64_t ranks = sizes_.decay_rank + sizes_.rate_rank + sizes_.value_rank + sizes_.gate_rank;
-    const auto lay = [&] {
-      for (float** x : {&x_, &r_, &k_, &v_, &v_first_, &decay_, &rate_, &residual_, &gate_, &y_})
-        *x = memory.take(width);
-      hidden_ = memory.take(n * sizes_.hidden);
-      partial_ = memory.take(sparse_ ? number_of_parts() * width : 0);
-      low_ = memory.take(n * ranks);
-      shared_ = {memory.take(width), memory.take(rows * sizes_.width), memory.take(mixes * width), nullptr, nullptr};
-      private_.resize(static_cast<std::size_t>(threads));
-      for (Inputs& in : private_) {
-        in.normed = memory.take(own * sizes_.width);
-        in.previous = memory.take(few_ ? rows * sizes_.width : 0);
-        in.mixed = memory.take(mixes * own * sizes_.width);
-        in.scratch = memory.take(scratch_floats(sizes_));
-        in.active = reinterpret_cast<std::int32_t*>(memory.take(sizes_.hidden));
-      }
-    };
-    memory.fit(lay);
+    for (float** x : {&x_, &normed_, &r_, &k_, &v_, &v_first_, &decay_, &rate_, &residual_, &gate_, &y_})
+      *x = memory.take(width);
+    mixed_ = memory.take(mixes * width);
+    previous_ = memory.take(rows() * sizes_.width);
+    hidden_ = memory.take(n * sizes_.hidden);
+    partial_ = memory.take(sparse_ ? number_of_parts() * width : 0);
+    active_ = reinterpret_cast<std::int32_t*>(memory.take(sizes_.hidden));
+    low_ = memory.take(n * ranks);
+    heads_ = memory.take(sizes_.heads() * head_floats());
   }
 
   float* state(std::size_t row, std::size_t layer) const {
     return segments_[row].state + static_cast<int64_t>(layer) * sizes_.layer_state();
   }
 
-  void embed(Member& me) {
+  // work(range) for parts of 0 … total − 1, cut at multiples of `unit`; each costs `bytes` of reading.
+  template <class Work>
+  void shared_out(int64_t total, int64_t unit, int64_t bytes, Work&& work) const {
+    const int64_t units = (total + unit - 1) / unit;
+    const int64_t most = count_ > few_tokens ? units : std::max<int64_t>(1, total * bytes / task_bytes);
+    const int64_t tasks = threads_ == 1 ? 1 : std::min<int64_t>({units, most, threads_ * tasks_a_thread});
+    parallel_for(static_cast<int>(tasks), threads_, [&](int task) {
+      const auto cut = [&](int64_t i) { return std::min(total, units * i / tasks * unit); };
+      work(Range{cut(task), cut(task + 1)});
+    });
+  }
+
+  // work(range) for parts of the tokens.
+  template <class Work>
+  void by_tokens(Work&& work) const {
+    if (count_ <= few_tokens)
+      work(Range{0, count_});
+    else
+      shared_out(count_, 1, 0, work);
+  }
+
+  void embed() {
     const Matrix& embedding = model_.embedding_;
     const auto widen = elementwise_.widen[static_cast<int>(embedding.format)];
-    const Range mine = share(me, count_, 1);
-    for (int64_t t = mine.begin; t < mine.end; ++t) {
-      float* x = x_ + t * sizes_.width;
-      const auto at = static_cast<std::size_t>(tokens_[static_cast<std::size_t>(t)]) *
-                      static_cast<std::size_t>(sizes_.width) * bytes_of(embedding.format);
-      widen(static_cast<const std::byte*>(embedding.data) + at, x, sizes_.width);
-      norm(model_.norm_in_, x, x);
-    }
+    by_tokens([&](Range range) {
+      for (int64_t t = range.begin; t < range.end; ++t) {
+        float* x = x_ + t * sizes_.width;
+        const auto at = static_cast<std::size_t>(tokens_[static_cast<std::size_t>(t)]) *
+                        static_cast<std::size_t>(sizes_.width) * bytes_of(embedding.format);
+        widen(static_cast<const std::byte*>(embedding.data) + at, x, sizes_.width);
+        norm(model_.norm_in_, x, x);
+      }
+    });
   }
 
   void norm(const Norm& norm, const float* x, float* out) const {
     elementwise_.layer_norm(x, norm.weight.data(), norm.bias.data(), sizes_.layer_norm_eps, out, sizes_.width);
   }
 
-  // Norm and token shift of x; `offset` is where a layer's state keeps the last input.
-  void shift(Member& me, std::size_t layer, const Norm& weights, const std::vector<float>& mix, int64_t offset) {
+  // Norm and token shift of x into `mixed_`; at `offset` a layer's state keeps the last input.
+  void shift(std::size_t layer, const Norm& weights, const std::vector<float>& mix, int64_t offset) {
     const int64_t width = sizes_.width;
-    const Range mine = few_ ? Range{0, count_} : share(me, count_, 1);
-    for (int64_t t = mine.begin; t < mine.end; ++t) norm(weights, x_ + t * width, me.in.normed + t * width);
-    const auto rows = static_cast<int64_t>(segments_.size());
-    const Range my_rows = few_ ? Range{0, rows} : share(me, rows, 1);
-    for (int64_t row = my_rows.begin; row < my_rows.end; ++row)
-      std::copy_n(state(static_cast<std::size_t>(row), layer) + offset, width, me.in.previous + row * width);
-    if (!few_) me.team.barrier();
-    if (mine.begin == mine.end) return;
-    const TokenShift shift{count_,       width,          static_cast<int64_t>(mix.size()) / width, starts_.data(),
-                           me.in.normed, me.in.previous, mix.data()};
-    token_shift_.forward[0](shift, me.in.mixed, mine.begin, mine.end);
-  }
-
-  // Call when every member has read the states' last inputs.
-  void remember(Member& me, std::size_t layer, int64_t offset) {
-    if (me.number != 0) return;
-    for (std::size_t row = 0; row < segments_.size(); ++row)
-      std::copy_n(me.in.normed + (starts_[row + 1] - 1) * sizes_.width, sizes_.width, state(row, layer) + offset);
+    by_tokens([&](Range range) {
+      for (int64_t t = range.begin; t < range.end; ++t) norm(weights, x_ + t * width, normed_ + t * width);
+    });
+    for (std::size_t row = 0; row < segments_.size(); ++row) {
+      float* last = state(row, layer) + offset;
+      std::copy_n(last, width, previous_ + static_cast<int64_t>(row) * width);
+      std::copy_n(normed_ + (starts_[row + 1] - 1) * width, width, last);
+    }
+    const TokenShift shift{count_,  width,     static_cast<int64_t>(mix.size()) / width, starts_.data(),
+                           normed_, previous_, mix.data()};
+    by_tokens([&](Range range) { token_shift_.forward[0](shift, mixed_, range.begin, range.end); });
   }
 
   void multiply(const Matrix& matrix, const Product& product, Range outputs) const {
-    if (outputs.begin < outputs.end)
-      product_.run[static_cast<int>(matrix.order)][static_cast<int>(matrix.format)](
-          matrix, product, outputs.begin, outputs.end);
+    product_.run[static_cast<int>(matrix.order)][static_cast<int>(matrix.format)](
+        matrix, product, outputs.begin, outputs.end);
   }
 
   Product dense(const float* x, int64_t x_stride, float* y, int64_t y_stride, bool add = false) const {
     return {x, x_stride, y, y_stride, count_, add};
   }
 
-  // The jobs' outputs are numbered one after the other and cut in equal parts: all have the same number of inputs.
-  void side_by_side(Member& me, std::span<const Job> jobs) const {
-    int64_t total = 0;
-    for (const Job& job : jobs) total += job.matrix->out;
-    const Range mine = share(me, total, 16);
-    int64_t first = 0;
-    for (const Job& job : jobs) {
-      const Range part{std::max(mine.begin - first, int64_t{0}), std::min(mine.end - first, job.matrix->out)};
-      multiply(*job.matrix, job.product, part);
-      if (job.then && part.begin < part.end)
-        for (int64_t t = 0; t < count_; ++t)
-          job.then(job.product.y + t * job.product.y_stride + part.begin, part.end - part.begin);
-      first += job.matrix->out;
-    }
+  static int64_t bytes_of_output(const Matrix& matrix) {
+    return matrix.in * static_cast<int64_t>(bytes_of(matrix.format));
   }
 
-  void time_mix(Member& me, std::size_t i) {
+  // The jobs' outputs are numbered one after the other and shared out: all have the same number of inputs.
+  void side_by_side(std::span<const Job> jobs) const {
+    int64_t total = 0;
+    for (const Job& job : jobs) total += job.matrix->out;
+    shared_out(total, 16, bytes_of_output(*jobs[0].matrix), [&](Range range) {
+      int64_t first = 0;
+      for (const Job& job : jobs) {
+        const Range part{std::max(range.begin - first, int64_t{0}), std::min(range.end - first, job.matrix->out)};
+        first += job.matrix->out;
+        if (part.begin >= part.end) continue;
+        multiply(*job.matrix, job.product, part);
+        if (job.then)
+          for (int64_t t = 0; t < count_; ++t)
+            job.then(job.product.y + t * job.product.y_stride + part.begin, part.end - part.begin);
+      }
+    });
+  }
+
+  void time_mix(std::size_t i) {
     const Rwkv7Layer& layer = model_.layers_[i];
     const int64_t width = sizes_.width;
-    shift(me, i, layer.norm_att, layer.mix_att, 0);
-    if (!few_) me.team.barrier();
+    shift(i, layer.norm_att, layer.mix_att, 0);
 
     float* low = low_;
-    std::array<float*, 4> hidden;
+    std::array<float*, 4> hidden{};
     std::array<Job, 7> jobs;
     std::size_t used = 0;
     const auto job = [&](const Matrix& matrix, Mix mix, float* y, void (*then)(float*, int64_t)) {
-      jobs[used++] = {&matrix, dense(me.in.mixed + mix * count_ * width, width, y, matrix.out), then};
+      jobs[used++] = {&matrix, dense(mixed_ + mix * count_ * width, width, y, matrix.out), then};
     };
     const auto low_rank = [&](const LowRank& map, Mix mix, void (*then)(float*, int64_t)) {
       float* y = low;
@@ -256,57 +250,54 @@ class Rwkv7Pass {
     hidden[0] = low_rank(layer.decay, of_w, elementwise_.hyperbolic_tangent);
     hidden[1] = low_rank(layer.rate, of_a, nullptr);
     hidden[2] = low_rank(layer.gate, of_g, elementwise_.logistic);
-    hidden[3] = i > 0 ? low_rank(layer.residual, of_v, nullptr) : nullptr;
-    side_by_side(me, std::span(jobs).first(used));
-    me.team.barrier();
+    if (i > 0) hidden[3] = low_rank(layer.residual, of_v, nullptr);
+    side_by_side(std::span(jobs).first(used));
 
-    remember(me, i, 0);
-    const Range heads = share(me, sizes_.heads(), 1);
-    second_factors(layer, hidden, {heads.begin * sizes_.head_dim, heads.end * sizes_.head_dim});
-    for (int64_t head = heads.begin; head < heads.end; ++head)
-      for (std::size_t row = 0; row < segments_.size(); ++row) recur(me, layer, i, head, row);
-    me.team.barrier();
-
-    multiply(layer.output, dense(y_, width, x_, width, true), share(me, width, 16));
-    me.team.barrier();
+    shared_out(sizes_.heads(), 1, task_bytes, [&](Range range) {
+      for (int64_t head = range.begin; head < range.end; ++head) {
+        second_factors(layer, hidden, head);
+        for (std::size_t row = 0; row < segments_.size(); ++row) recur(layer, i, head, row);
+      }
+    });
+    shared_out(width, 16, bytes_of_output(layer.output), [&](Range range) {
+      multiply(layer.output, dense(y_, width, x_, width, true), range);
+    });
   }
 
-  // Second low-rank factors of some channels, and the mix of their values with the first layer's.
-  void second_factors(const Rwkv7Layer& layer, const std::array<float*, 4>& hidden, Range channels) const {
-    const int64_t width = sizes_.width, count = channels.end - channels.begin;
-    if (count == 0) return;
+  // A head's second low-rank factors, and the mix of its values with the first layer's.
+  void second_factors(const Rwkv7Layer& layer, const std::array<float*, 4>& hidden, int64_t head) const {
+    const int64_t width = sizes_.width, n = sizes_.head_dim, channel = head * n;
     const auto second = [&](const LowRank& map, const float* low, float* y) {
+      Matrix block = map.second;
+      block.data = static_cast<const std::byte*>(block.data) + static_cast<std::size_t>(head) * block.bytes();
       if (!map.base.empty())
-        for (int64_t t = 0; t < count_; ++t)
-          std::copy_n(map.base.data() + channels.begin, count, y + t * width + channels.begin);
-      multiply(map.second, dense(low, map.second.in, y, width, !map.base.empty()), channels);
+        for (int64_t t = 0; t < count_; ++t) std::copy_n(map.base.data() + channel, n, y + t * width + channel);
+      multiply(block, dense(low, block.in, y + channel, width, !map.base.empty()), {0, n});
     };
     second(layer.decay, hidden[0], decay_);
     second(layer.rate, hidden[1], rate_);
     second(layer.gate, hidden[2], gate_);
     if (hidden[3]) second(layer.residual, hidden[3], residual_);
     for (int64_t t = 0; t < count_; ++t) {
-      const int64_t at = t * width + channels.begin;
+      const int64_t at = t * width + channel;
       if (hidden[3])
-        elementwise_.approach(v_ + at, v_first_ + at, residual_ + at, count);
+        elementwise_.approach(v_ + at, v_first_ + at, residual_ + at, n);
       else
-        std::copy_n(v_ + at, count, v_first_ + at);
+        std::copy_n(v_ + at, n, v_first_ + at);
     }
   }
 
   // One head of one segment: from projections to the input of the output projection.
-  void recur(Member& me, const Rwkv7Layer& layer, std::size_t i, int64_t head, std::size_t row) const {
+  void recur(const Rwkv7Layer& layer, std::size_t i, int64_t head, std::size_t row) const {
     const int64_t n = sizes_.head_dim, width = sizes_.width, channel = head * n;
-    const int64_t end = starts_[row + 1];
-    float* piece = me.scratch;
-    const auto take = [&](int64_t count) { return std::exchange(piece, piece + count); };
-    float *r = take(wkv7_chunk * n), *k = take(wkv7_chunk * n), *v = take(wkv7_chunk * n);
-    float *decay = take(wkv7_chunk * n), *rate = take(wkv7_chunk * n), *gate = take(wkv7_chunk * n);
-    float *w = take(wkv7_chunk * n), *key = take(wkv7_chunk * n), *b = take(wkv7_chunk * n);
-    float *y = take(wkv7_chunk * n), *a = take((wkv7_chunk + 1) * n);
+    const int64_t end = starts_[row + 1], most = std::min(count_, wkv7_chunk);
+    float* piece = heads_ + head * head_floats();
+    const auto take = [&](int64_t tokens) { return std::exchange(piece, piece + tokens * n); };
+    float *r = take(most), *k = take(most), *v = take(most), *decay = take(most), *rate = take(most);
+    float *gate = take(most), *w = take(most), *key = take(most), *b = take(most), *y = take(most), *a = take(most + 1);
     float* matrix = state(row, i) + width + channel * n;
-    for (int64_t t = starts_[row]; t < end; t += wkv7_chunk) {
-      const int64_t count = std::min(wkv7_chunk, end - t);
+    for (int64_t t = starts_[row]; t < end; t += most) {
+      const int64_t count = std::min(most, end - t);
       const auto gather = [&](const float* from, float* to) {
         for (int64_t m = 0; m < count; ++m) std::copy_n(from + (t + m) * width + channel, n, to + m * n);
       };
@@ -328,60 +319,52 @@ class Rwkv7Pass {
     }
   }
 
-  void channel_mix(Member& me, std::size_t i) {
+  void channel_mix(std::size_t i) {
     const Rwkv7Layer& layer = model_.layers_[i];
-    const int64_t offset = sizes_.layer_state() - sizes_.width;
-    shift(me, i, layer.norm_ffn, layer.mix_ffn, offset);
-    if (!few_) me.team.barrier();
+    shift(i, layer.norm_ffn, layer.mix_ffn, sizes_.layer_state() - sizes_.width);
     if (sparse_)
-      sparse_channel_mix(me, layer);
+      sparse_channel_mix(layer);
     else
-      dense_channel_mix(me, layer);
-    remember(me, i, offset);
-    me.team.barrier();
+      dense_channel_mix(layer);
   }
 
   // Hidden units `range`: relu(key · input)².
-  void hidden_units(Member& me, const Rwkv7Layer& layer, Range range) {
+  void hidden_units(const Rwkv7Layer& layer, Range range) {
     const int64_t hidden = sizes_.hidden;
-    multiply(layer.ffn_key, dense(me.in.mixed, sizes_.width, hidden_, hidden), range);
+    multiply(layer.ffn_key, dense(mixed_, sizes_.width, hidden_, hidden), range);
     for (int64_t t = 0; t < count_; ++t)
       relu_squared_.forward[0](hidden_ + t * hidden, hidden_ + t * hidden, range.begin, range.end);
   }
 
-  void dense_channel_mix(Member& me, const Rwkv7Layer& layer) {
-    hidden_units(me, layer, share(me, sizes_.hidden, 16));
-    me.team.barrier();
-    multiply(layer.ffn_value, dense(hidden_, sizes_.hidden, x_, sizes_.width, true), share(me, sizes_.width, 16));
+  void dense_channel_mix(const Rwkv7Layer& layer) {
+    shared_out(sizes_.hidden, 16, bytes_of_output(layer.ffn_key), [&](Range range) { hidden_units(layer, range); });
+    shared_out(sizes_.width, 16, bytes_of_output(layer.ffn_value), [&](Range range) {
+      multiply(layer.ffn_value, dense(hidden_, sizes_.hidden, x_, sizes_.width, true), range);
+    });
   }
 
-  // Every member goes from its hidden units to their part of the output, reading no column whose unit is zero; whole
+  // From hidden units straight to their part of the output, without reading the columns of those that are zero; whole
   // columns, because shorter pieces with gaps between them are read at half the speed.
-  void sparse_channel_mix(Member& me, const Rwkv7Layer& layer) {
+  void sparse_channel_mix(const Rwkv7Layer& layer) {
     const int64_t width = sizes_.width, hidden = sizes_.hidden, parts = number_of_parts();
-    const Range mine = share(me, parts, 1);
-    const Range units{mine.begin * part_inputs, std::min(hidden, mine.end * part_inputs)};
-    if (units.begin < units.end) {
-      hidden_units(me, layer, units);
-      Product product{hidden_, hidden, partial_, width, count_};
-      product.active = me.active;
-      product.active_count = find_active(me.active, units);
+    shared_out(parts, 1, part_inputs * bytes_of_output(layer.ffn_key), [&](Range range) {
+      const Range units{range.begin * part_inputs, std::min(hidden, range.end * part_inputs)};
+      hidden_units(layer, units);
+      Product product = dense(hidden_, hidden, partial_, width);
+      product.active = active_ + units.begin;
+      product.active_count = find_active(active_ + units.begin, units);
       product.part_stride = count_ * width;
-      product.part_begin = mine.begin;
-      product.part_end = mine.end;
+      product.part_begin = range.begin;
+      product.part_end = range.end;
       multiply(layer.ffn_value, product, {0, width});
       model_.ffn_reads.fetch_add(product.active_count, std::memory_order_relaxed);
       model_.ffn_columns.fetch_add(units.end - units.begin, std::memory_order_relaxed);
-    }
-    me.team.barrier();
-    const Range channels = share(me, width, 16);
-    for (int64_t t = 0; t < count_; ++t) {
-      const int64_t at = t * width + channels.begin;
-      elementwise_.add_parts(x_ + at, partial_ + at, parts, count_ * width, channels.end - channels.begin);
-    }
+    });
+    by_tokens([&](Range range) {
+      for (int64_t t = range.begin; t < range.end; ++t)
+        elementwise_.add_parts(x_ + t * width, partial_ + t * width, parts, count_ * width, width);
+    });
   }
-
-  int64_t number_of_parts() const { return (sizes_.hidden + part_inputs - 1) / part_inputs; }
 
   // Hidden units of `range` that are not zero for every token.
   int64_t find_active(std::int32_t* list, Range range) const {
@@ -395,16 +378,16 @@ class Rwkv7Pass {
     return found;
   }
 
-  void head(Member& me) {
-    const int64_t width = sizes_.width, rows = static_cast<int64_t>(wanted_.size());
-    if (rows == 0) return;
-    const Range mine = share(me, rows, 1);
-    for (int64_t i = mine.begin; i < mine.end; ++i)
+  void head() {
+    const int64_t width = sizes_.width, wanted = static_cast<int64_t>(wanted_.size());
+    if (wanted == 0) return;
+    for (int64_t i = 0; i < wanted; ++i)
       norm(model_.norm_out_, x_ + (wanted_[static_cast<std::size_t>(i)] - first_) * width, y_ + i * width);
-    me.team.barrier();
     Product product = dense(y_, width, logits_, sizes_.vocab);
-    product.tokens = rows;
-    multiply(model_.head_, product, share(me, sizes_.vocab, 16));
+    product.tokens = wanted;
+    shared_out(sizes_.vocab, 16, bytes_of_output(model_.head_), [&](Range range) {
+      multiply(model_.head_, product, range);
+    });
   }
 
   const Rwkv7& model_;
@@ -422,15 +405,16 @@ class Rwkv7Pass {
   std::span<const std::int32_t> wanted_;
   int64_t first_;  // number of the first token among those of the whole call
   float* logits_;
+  int threads_;
   int64_t count_;
-  bool few_, sparse_;
+  bool sparse_;
   std::vector<int64_t> starts_;
 
-  // [tokens, width]
-  float *x_, *r_, *k_, *v_, *v_first_, *decay_, *rate_, *residual_, *gate_, *y_;
-  float *hidden_, *partial_, *low_;  // [tokens, hidden], [parts, tokens, width], [map, tokens, rank]
-  Inputs shared_;
-  std::vector<Inputs> private_;
+  // [tokens, width]; mixed_ [mixes, tokens, width]; previous_ [rows, width]
+  float *x_, *normed_, *mixed_, *previous_, *r_, *k_, *v_, *v_first_, *decay_, *rate_, *residual_, *gate_, *y_;
+  // [tokens, hidden]; [parts, tokens, width]; [map, tokens, rank]; [heads, …]
+  float *hidden_, *partial_, *low_, *heads_;
+  std::int32_t* active_;  // [hidden]
 };
 
 void Rwkv7::forward(
@@ -450,7 +434,7 @@ void Rwkv7::forward(
         *this, *memory, tokens.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(count)), piece,
         wanted.subspan(answered, next - answered), first, logits + static_cast<int64_t>(answered) * sizes.vocab,
         threads);
-    in_team(threads, [&](Team& team, int member) { pass.run(team, member); });
+    pass.run();
     answered = next;
     first += count;
     count = 0;

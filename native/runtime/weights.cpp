@@ -42,6 +42,14 @@ void transpose(const T* in, std::int64_t rows, std::int64_t columns, T* out) {
           std::memcpy(out + n * rows + m, in + m * columns + n, sizeof(T));
 }
 
+void copy_blocks(const Matrix& from, std::int64_t block, std::byte* to) {
+  const auto size = static_cast<std::size_t>(block) * bytes_of(from.format);
+  const auto* data = static_cast<const std::byte*>(from.data);
+  for (std::int64_t o = 0; o < from.out; o += block)
+    for (std::int64_t i = 0; i < from.in; ++i, to += size)
+      std::memcpy(to, data + static_cast<std::size_t>(i * from.out + o) * bytes_of(from.format), size);
+}
+
 }  // namespace
 
 const Tensor& Weights::find(const std::string& name, std::int64_t count) const {
@@ -72,21 +80,31 @@ Matrix Weights::turned(const std::string& name, Order stored, std::int64_t out, 
   const Tensor& tensor = find(name, out * in);
   const Matrix from{tensor.data, tensor.format, stored, out, in};
   copies_.push_back(aligned(from.bytes()));
-  turns_.push_back({from, copies_.back().get()});
+  pending_.push_back({from, copies_.back().get(), 0});
   return {copies_.back().get(), tensor.format, stored == Order::rows ? Order::columns : Order::rows, out, in};
 }
 
+Matrix Weights::in_blocks(const std::string& name, std::int64_t out, std::int64_t in, std::int64_t block) {
+  const Tensor& tensor = find(name, out * in);
+  const Matrix from{tensor.data, tensor.format, Order::columns, out, in};
+  copies_.push_back(aligned(from.bytes()));
+  pending_.push_back({from, copies_.back().get(), block});
+  return {copies_.back().get(), tensor.format, Order::columns, block, in};
+}
+
 void Weights::fill(int threads) {
-  parallel_for(static_cast<int>(turns_.size()), threads, [&](int i) {
-    const auto& [from, to] = turns_[static_cast<std::size_t>(i)];
+  parallel_for(static_cast<int>(pending_.size()), threads, [&](int i) {
+    const auto& [from, to, block] = pending_[static_cast<std::size_t>(i)];
     const auto rows = from.order == Order::rows ? from.out : from.in;
     const auto columns = from.order == Order::rows ? from.in : from.out;
-    if (bytes_of(from.format) == 4)
+    if (block)
+      copy_blocks(from, block, to);
+    else if (bytes_of(from.format) == 4)
       transpose(static_cast<const std::uint32_t*>(from.data), rows, columns, reinterpret_cast<std::uint32_t*>(to));
     else
       transpose(static_cast<const std::uint16_t*>(from.data), rows, columns, reinterpret_cast<std::uint16_t*>(to));
   });
-  turns_.clear();
+  pending_.clear();
 }
 
 }  // namespace rookery

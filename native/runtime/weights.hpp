@@ -31,23 +31,27 @@ class Weights {
   // A copy in the other order than `stored`, which is that of the tensor. Call `fill` before use.
   Matrix turned(const std::string& name, Order stored, std::int64_t out, std::int64_t in);
 
-  // Makes the copies that `turned` promised, on `threads` threads.
+  // A copy of a tensor [in, out] in blocks of `block` outputs, each stored by columns; the matrix is the first of them.
+  Matrix in_blocks(const std::string& name, std::int64_t out, std::int64_t in, std::int64_t block);
+
+  // Makes the copies that `turned` and `in_blocks` promised, on `threads` threads.
   void fill(int threads);
   const std::set<std::string>& borrowed() const { return borrowed_; }
   // The memory of the copies; whoever uses the matrices keeps it.
   std::vector<std::shared_ptr<std::byte[]>> copies() const { return copies_; }
 
  private:
-  struct Turn {
+  struct Copy {
     Matrix from;
     std::byte* to;
+    std::int64_t block;  // 0: turned
   };
   const Tensor& find(const std::string& name, std::int64_t count) const;
 
   std::map<std::string, Tensor> tensors_;
   std::set<std::string> borrowed_;
   std::vector<std::shared_ptr<std::byte[]>> copies_;
-  std::vector<Turn> turns_;
+  std::vector<Copy> pending_;
 };
 
 }  // namespace rookery

@@ -1,5 +1,6 @@
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -115,6 +116,27 @@ def test_a_prompt_longer_than_the_working_memory_is_read_in_pieces(files):
     runner.forward(ids[:333], parts, "none")
     np.testing.assert_array_equal(runner.forward(ids[333:], parts), logits[-1:])
     assert equal_states(whole, parts)
+
+
+def test_calls_from_several_threads_do_not_disturb_each_other(files):
+    runner = NativeRunner(files["odd", torch.bfloat16], threads=2)
+
+    def read(seed):
+        state = runner.init_state()
+        return [runner.forward(some_ids(runner, 3, seed), state) for _ in range(20)]
+
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(read, range(6)))
+    for seed, logits in enumerate(together):
+        np.testing.assert_array_equal(logits, read(seed))
+
+
+def test_columns_of_hidden_units_that_are_zero_are_not_read(files):
+    runner = NativeRunner(files["odd", torch.float32])
+    runner.forward([1], runner.init_state())
+    read, there = runner._model.ffn_reads
+    assert there == ODD["num_hidden_layers"] * ODD["intermediate_size"]
+    assert 0.2 * there < read < 0.8 * there
 
 
 def test_only_the_logits_asked_for_come_back(files):
