@@ -12,8 +12,8 @@ constexpr int format_count = 3;
 
 constexpr std::size_t bytes_of(Format format) { return format == Format::float32 ? 4 : 2; }
 
-// Which index runs fastest: in `rows` the inputs of an output lie side by side ([out, in], as linear layers are stored),
-// in `columns` the outputs of an input ([in, out]: an input that is zero can be skipped).
+// Which index runs fastest: in `rows` the inputs of an output lie side by side ([out, in], as linear layers are
+// stored), in `columns` the outputs of an input ([in, out]: an input that is zero can be skipped).
 enum class Order : std::uint8_t { rows, columns };
 constexpr int order_count = 2;
 

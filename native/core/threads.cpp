@@ -26,8 +26,8 @@ inline void pause() {
 #endif
 }
 
-// Waits for `value` to differ from `old`: some microseconds awake, because it usually changes soon, then asleep, because
-// a thread that spins stalls everybody where there are more threads than free cores.
+// Waits for `value` to differ from `old`: some microseconds awake, as it usually changes soon, then asleep, because a
+// thread that spins stalls everybody where there are more threads than free cores.
 void wait_for_change(const std::atomic<unsigned>& value, unsigned old) {
   for (int i = 0; i < 1000; ++i) {
     if (value.load(std::memory_order_acquire) != old) return;

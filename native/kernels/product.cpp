@@ -13,12 +13,13 @@ namespace {
 
 using std::int64_t;
 
-constexpr int together = 4;                              // rows that are read at once
-constexpr int tile_tokens = lanes > 8 ? lanes / 4 : 2;   // tokens whose sums fit the registers beside them
-constexpr int64_t near = 96 * 1024;                      // floats of x that stay in the second-level cache
-constexpr int few_tokens = 2 * tile_tokens;
-constexpr int64_t near_sums = 4096;  // floats of sums that stay in the first-level cache
-constexpr int line = 64;
+constexpr int together = 4;                             // rows that are read at once
+constexpr int tile_tokens = lanes > 8 ? lanes / 4 : 2;  // tokens whose sums fit the registers beside them
+constexpr int few_tokens = 2 * tile_tokens;             // tokens that do not pay for widening the weights first
+constexpr int64_t near = 96 * 1024;                     // floats of x that stay in the second-level cache
+constexpr int64_t near_sums = 4096;                     // floats of sums that stay in the first-level cache
+constexpr int line = 64;                                // bytes
+
 template <class T>
 const T* weights(const Matrix& w) {
   return static_cast<const T*>(w.data);
@@ -109,7 +110,8 @@ inline void finish(vfloat* totals, const Product& p, int64_t t, int64_t o, int64
 }
 
 template <int tokens, class T>
-inline void tile_of_rows(const Rows<T>& rows, const Matrix& w, const Product& p, int64_t t, int64_t o, int64_t outputs) {
+inline void tile_of_rows(
+    const Rows<T>& rows, const Matrix& w, const Product& p, int64_t t, int64_t o, int64_t outputs) {
   vfloat totals[tokens * together];
   dots<tokens>(rows, p.x + t * p.x_stride, p.x_stride, w.in, totals);
   finish<tokens>(totals, p, t, o, outputs);
@@ -194,10 +196,10 @@ void by_rows(const Matrix& w, const Product& p, int64_t begin, int64_t end) {
 
 // ---- columns: lanes run over outputs, which every input is added to in turn
 
-constexpr int abreast = 8;       // inputs whose columns are read at once
-constexpr int64_t block_in = 64; // inputs whose columns are widened at once
-constexpr int strip = lanes > 8 ? 4 : 2;  // vectors of outputs held in registers
-constexpr int strip_tokens = lanes > 8 ? 6 : 4;
+constexpr int abreast = 8;                         // inputs whose columns are read at once
+constexpr int64_t block_in = 64;                   // inputs whose columns are widened at once
+constexpr int strip = lanes > 8 ? 4 : 2;           // vectors of outputs held in registers …
+constexpr int strip_tokens = lanes > 8 ? 6 : 4;    // … for so many tokens
 constexpr int narrow_vectors = lanes > 8 ? 4 : 8;  // vectors of outputs of a matrix whose sums stay in registers
 
 // The inputs of a product, in ascending order.
@@ -297,7 +299,7 @@ void few_tokens_by_columns(const Matrix& w, const Product& p, int64_t begin, int
     };
     all([&](int64_t at, int64_t, auto) { store(totals + at, vfloat{}); });
     Ahead<T> ahead(w, list, begin, count);
-    for (int64_t part = first, i = 0; part < last; ++part) {
+    for (int64_t part = first, i = list.active ? 0 : first * part_inputs; part < last; ++part) {
       all([&](int64_t at, int64_t, auto) { store(sums + at, vfloat{}); });
       const int64_t stop = list.end_of_part(part, i);
       for (; i + abreast <= stop; i += abreast)
@@ -358,7 +360,7 @@ void narrow(const Matrix& w, const Product& p, int64_t begin, int64_t end) {
   if (t < p.tokens) narrow_tile<T, vectors, 1>(w, p, t, begin);
 }
 
-// One strip of outputs of `tokens` tokens: adds `count` inputs from `i` on, whose columns are in `panel` [inputs, width].
+// One strip of outputs of `tokens` tokens: adds `count` inputs from `i` on; `panel` [inputs, width] has their columns.
 template <int tokens>
 inline void tile_by_columns(const float* panel, const Product& p, int64_t i, int64_t count, int64_t t, float* sums) {
   constexpr int64_t width = strip * lanes;
@@ -388,8 +390,8 @@ inline void last_tile_by_columns(
     last_tile_by_columns<tokens - 1>(panel, p, i, count, t, sums);
 }
 
-// Inputs in blocks, and in each the outputs in strips: a block's columns are asked for as a whole while the one before it
-// is used, because a strip of them is too narrow to be read from memory by itself.
+// Inputs in blocks, and in each the outputs in strips: a block's columns are asked for as a whole while the one before
+// it is used, because a strip of them is too narrow to be read from memory by itself.
 template <class T>
 void many_tokens_by_columns(const Matrix& w, const Product& p, int64_t begin, int64_t end) {
   constexpr int64_t width = strip * lanes;
