@@ -1,4 +1,4 @@
-// Whole models: rookery._native.Rwkv7.
+// Whole models: rookery._native.Model.
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
@@ -41,23 +41,41 @@ Tensor tensor(const Array& array) {
   return tensor;
 }
 
-std::int64_t size(const nb::dict& sizes, const char* name) { return nb::cast<std::int64_t>(sizes[name]); }
+// A config's fields by name.
+struct Config {
+  const nb::dict& fields;
+  std::int64_t size(const char* name) const { return nb::cast<std::int64_t>(fields[name]); }
+  float number(const char* name) const { return nb::cast<float>(fields[name]); }
+};
+
+Sizes sizes_of(const Config& c, std::int64_t wkv) {
+  return {c.size("vocab_size"),        c.size("hidden_size"), c.size("num_hidden_layers"),
+          c.size("intermediate_size"), wkv,                   c.number("layer_norm_eps")};
+}
+
+std::unique_ptr<Model> make(
+    const std::string& family, const Config& c, Weights& weights, Isa isa, int threads) {
+  if (family == "rwkv7") {
+    const std::int64_t head = c.size("head_dim");
+    const Rwkv7Sizes own{head, c.size("decay_rank"), c.size("rate_rank"), c.size("value_rank"), c.size("gate_rank"),
+                         c.number("group_norm_eps")};
+    return std::make_unique<Rwkv7>(sizes_of(c, c.size("hidden_size") * head), own, weights, isa, threads);
+  }
+  throw std::invalid_argument("there is no runtime for the family " + family);
+}
 
 // A model and the Python arrays that it reads from.
-struct Model {
-  std::unique_ptr<Rwkv7> runtime;
+struct Loaded {
+  std::unique_ptr<Model> runtime;
   std::map<std::string, Array> kept;
 
-  Model(const nb::dict& sizes, const std::map<std::string, Array>& arrays, const std::string& isa, int threads) {
+  Loaded(
+      const std::string& family, const nb::dict& config, const std::map<std::string, Array>& arrays,
+      const std::string& isa, int threads) {
     std::map<std::string, Tensor> tensors;
     for (const auto& [name, array] : arrays) tensors[name] = tensor(array);
     Weights weights(std::move(tensors));
-    runtime = std::make_unique<Rwkv7>(
-        Rwkv7Sizes{size(sizes, "vocab_size"), size(sizes, "hidden_size"), size(sizes, "num_hidden_layers"),
-                   size(sizes, "head_dim"), size(sizes, "intermediate_size"), size(sizes, "decay_rank"),
-                   size(sizes, "rate_rank"), size(sizes, "value_rank"), size(sizes, "gate_rank"),
-                   nb::cast<float>(sizes["layer_norm_eps"]), nb::cast<float>(sizes["group_norm_eps"])},
-        weights, find_isa(isa), threads);
+    runtime = make(family, {config}, weights, find_isa(isa), threads);
     for (const std::string& name : weights.borrowed()) kept.emplace(name, arrays.at(name));
   }
 
@@ -110,26 +128,26 @@ std::uint32_t read_memory(const Array& array, int threads, const std::string& is
 void bind_runtime(nb::module_& m) {
   m.def("read_memory", &read_memory, "array"_a, "threads"_a, "isa"_a = "",
         "Reads an array (but for its last bytes) from memory, as fast as it can be: the exclusive or of its words.");
-  nb::class_<Model>(m, "Rwkv7", "An RWKV-7 model that runs on the CPU.")
-      .def(nb::init<const nb::dict&, const std::map<std::string, Array>&, const std::string&, int>(), "sizes"_a,
-           "tensors"_a, "isa"_a, "threads"_a,
+  nb::class_<Loaded>(m, "Model", "A model that runs on the CPU.")
+      .def(nb::init<const std::string&, const nb::dict&, const std::map<std::string, Array>&, const std::string&, int>(),
+           "family"_a, "config"_a, "tensors"_a, "isa"_a, "threads"_a,
            "`tensors` under their official names, bfloat16 as uint16.")
-      .def_prop_ro("state_size", [](const Model& model) { return model.runtime->sizes.state(); },
+      .def_prop_ro("state_size", [](const Loaded& model) { return model.runtime->sizes.state(); },
                    "Numbers of one sequence's state.")
       .def_prop_ro("in_place",
-                   [](const Model& model) {
+                   [](const Loaded& model) {
                      std::vector<std::string> names;
                      for (const auto& [name, array] : model.kept) names.push_back(name);
                      return names;
                    },
                    "Names of the tensors that are used where they lie, and kept alive.")
       .def_prop_ro("ffn_reads",
-                   [](const Model& model) {
+                   [](const Loaded& model) {
                      return nb::make_tuple(model.runtime->ffn_reads.load(), model.runtime->ffn_columns.load());
                    },
                    "Columns of the channel mixes' second matrices read so far, and how many there were.")
-      .def_prop_ro("isa", [](const Model& model) { return std::string(name(model.runtime->isa)); })
-      .def("forward", &Model::forward, "tokens"_a, "states"_a, "lengths"_a, "wanted"_a, "logits"_a, "threads"_a,
+      .def_prop_ro("isa", [](const Loaded& model) { return std::string(name(model.runtime->isa)); })
+      .def("forward", &Loaded::forward, "tokens"_a, "states"_a, "lengths"_a, "wanted"_a, "logits"_a, "threads"_a,
            "Reads lengths[i] tokens into states[i], one sequence after the other, and writes the logits that follow "
            "the tokens at the positions `wanted`.");
 }

@@ -59,6 +59,19 @@ void approach(float* x, const float* target, const float* logit, int64_t count) 
   });
 }
 
+void add_gated(float* x, const float* y, const float* logit, int64_t count) {
+  sweep(count, [&](int64_t j, auto part) {
+    store(x + j, load(x + j, part) + load(y + j, part) * sigmoid(load(logit + j, part)).value, part);
+  });
+}
+
+void times_silu(float* x, const float* logit, int64_t count) {
+  sweep(count, [&](int64_t j, auto part) {
+    const vfloat z = load(logit + j, part);
+    store(x + j, load(x + j, part) * (z * sigmoid(z).value), part);
+  });
+}
+
 void add_parts(float* x, const float* parts, int64_t number, int64_t stride, int64_t count) {
   sweep(count, [&](int64_t j, auto part) {
     // begins with zero as the sums of `product` do
@@ -77,8 +90,14 @@ void widen(const void* x, float* out, int64_t count) {
 }  // namespace ROOKERY_ISA
 
 const ElementwiseKernels ROOKERY_ISA::elementwise{
-    ROOKERY_ISA::layer_norm,  ROOKERY_ISA::hyperbolic_tangent, ROOKERY_ISA::logistic,
-    ROOKERY_ISA::exponential, ROOKERY_ISA::approach,           ROOKERY_ISA::add_parts,
+    ROOKERY_ISA::layer_norm,
+    ROOKERY_ISA::hyperbolic_tangent,
+    ROOKERY_ISA::logistic,
+    ROOKERY_ISA::exponential,
+    ROOKERY_ISA::approach,
+    ROOKERY_ISA::add_gated,
+    ROOKERY_ISA::times_silu,
+    ROOKERY_ISA::add_parts,
     {ROOKERY_ISA::widen<float>, ROOKERY_ISA::widen<std::uint16_t>, ROOKERY_ISA::widen<float16>}};
 
 }  // namespace rookery

@@ -18,6 +18,10 @@ struct ElementwiseKernels {
   void (*exponential)(float* x, std::int64_t count);
   // x += (target − x) · logistic(logit)
   void (*approach)(float* x, const float* target, const float* logit, std::int64_t count);
+  // x += y · logistic(logit)
+  void (*add_gated)(float* x, const float* y, const float* logit, std::int64_t count);
+  // x *= logit · logistic(logit)
+  void (*times_silu)(float* x, const float* logit, std::int64_t count);
   // x += parts[0] + parts[1] + …, each `stride` floats after the one before it; there is at least one.
   void (*add_parts)(float* x, const float* parts, std::int64_t number, std::int64_t stride, std::int64_t count);
   // Numbers of a format as float32.

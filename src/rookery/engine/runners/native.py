@@ -102,7 +102,7 @@ class NativeRunner:
         tensors = {name: _usable(checkpoint[name], wanted) for name in checkpoint}
         small = sum(tensor.nbytes for tensor in tensors.values()) < SMALL
         self.threads = threads or (1 if small else _native.available_cores())
-        self._model = _native.Rwkv7(asdict(self.config), tensors, isa or "", self.threads)
+        self._model = _native.Model(self.family, asdict(self.config), tensors, isa or "", self.threads)
 
     @property
     def isa(self) -> str:

@@ -1,0 +1,184 @@
+#include "runtime/pass.hpp"
+
+namespace rookery {
+
+using std::int64_t;
+
+Pass::Pass(const Model& model, const Call& call, int64_t mixes)
+    : model_(model), sizes_(model.sizes), tokens_(call.tokens), segments_(call.segments), threads_(call.threads),
+      count_(static_cast<int64_t>(call.tokens.size())), wanted_(call.wanted), first_(call.first),
+      logits_(call.logits), mixes_(std::max<int64_t>(mixes, 2)), sparse_(count_ <= product_.few_tokens) {
+  starts_.push_back(0);
+  for (const Segment& segment : segments_) starts_.push_back(starts_.back() + segment.tokens);
+}
+
+void Pass::run(Workspace& memory) {
+  memory.fit([&] {
+    const int64_t width = count_ * sizes_.width;
+    for (float** x : {&x_, &normed_, &y_, &gate_}) *x = memory.take(width);
+    mixed_ = memory.take(mixes_ * width);
+    previous_ = memory.take(rows() * sizes_.width);
+    hidden_ = memory.take(count_ * sizes_.hidden);
+    partial_ = memory.take(sparse_ ? number_of_parts() * width : 0);
+    active_ = reinterpret_cast<std::int32_t*>(memory.take(sizes_.hidden));
+    place(memory);
+  });
+  embed();
+  for (std::size_t i = 0; i < static_cast<std::size_t>(sizes_.layers); ++i) {
+    time_mix(i);
+    channel_mix(i);
+  }
+  head();
+}
+
+void Pass::embed() {
+  const Matrix& embedding = model_.embedding_;
+  const auto widen = elementwise_.widen[static_cast<int>(embedding.format)];
+  by_tokens([&](Range range) {
+    for (int64_t t = range.begin; t < range.end; ++t) {
+      float* x = x_ + t * sizes_.width;
+      const auto at = static_cast<std::size_t>(tokens_[static_cast<std::size_t>(t)]) *
+                      static_cast<std::size_t>(sizes_.width) * bytes_of(embedding.format);
+      widen(static_cast<const std::byte*>(embedding.data) + at, x, sizes_.width);
+      norm(model_.norm_in_, x, x);
+    }
+  });
+}
+
+void Pass::shift(std::size_t layer, const Norm& weights, const std::vector<float>& mix, int64_t offset) {
+  const int64_t width = sizes_.width;
+  by_tokens([&](Range range) {
+    for (int64_t t = range.begin; t < range.end; ++t) norm(weights, x_ + t * width, normed_ + t * width);
+  });
+  for (std::size_t row = 0; row < segments_.size(); ++row) {
+    float* last = state(row, layer) + offset;
+    std::copy_n(last, width, previous_ + static_cast<int64_t>(row) * width);
+    std::copy_n(normed_ + (starts_[row + 1] - 1) * width, width, last);
+  }
+  const TokenShift shift{count_,  width,     static_cast<int64_t>(mix.size()) / width, starts_.data(),
+                         normed_, previous_, mix.data()};
+  by_tokens([&](Range range) { token_shift_.forward[0](shift, mixed_, range.begin, range.end); });
+}
+
+void Pass::side_by_side(std::span<const Job> jobs) const {
+  int64_t total = 0;
+  for (const Job& job : jobs) total += job.matrix->out;
+  shared_out(total, 16, bytes_of_output(*jobs[0].matrix), [&](Range range) {
+    int64_t first = 0;
+    for (const Job& job : jobs) {
+      const Range part{std::max(range.begin - first, int64_t{0}), std::min(range.end - first, job.matrix->out)};
+      first += job.matrix->out;
+      if (part.empty()) continue;
+      multiply(*job.matrix, job.product, part);
+      if (job.then)
+        for (int64_t t = 0; t < count_; ++t)
+          job.then(job.product.y + t * job.product.y_stride + part.begin, part.end - part.begin);
+    }
+  });
+}
+
+void Pass::second_factor(const LowRank& map, int64_t number, const float* low, float* y) const {
+  Matrix block = map.second;
+  block.data = static_cast<const std::byte*>(block.data) + static_cast<std::size_t>(number) * block.bytes();
+  const int64_t width = sizes_.width, channel = number * block.out;
+  const bool base = !map.base.empty();
+  if (base)
+    for (int64_t t = 0; t < count_; ++t) std::copy_n(map.base.data() + channel, block.out, y + t * width + channel);
+  multiply(block, dense(low, block.in, y + channel, width, base), {0, block.out});
+}
+
+void Pass::add_output(const Matrix& matrix) {
+  shared_out(sizes_.width, 16, bytes_of_output(matrix), [&](Range range) {
+    multiply(matrix, dense(y_, sizes_.width, x_, sizes_.width, true), range);
+  });
+}
+
+// The receptance's outputs are shared out behind the hidden units.
+void Pass::channel_mix(std::size_t i) {
+  const ChannelMix& mix = model_.channel_mixes_[i];
+  const int64_t width = sizes_.width, hidden = sizes_.hidden;
+  shift(i, mix.norm, mix.mix, sizes_.layer_state() - width);
+  const int64_t unit = sparse_ ? part_inputs : 16, units = (hidden + unit - 1) / unit * unit;
+  shared_out(units + mix.receptance.out, unit, bytes_of_output(mix.key), [&](Range range) {
+    const Range of_hidden{range.begin, std::min(range.end, hidden)};
+    const Range of_gate{std::max(range.begin, units) - units, range.end - units};
+    if (!of_hidden.empty()) {
+      hidden_units(mix, of_hidden);
+      if (sparse_) hidden_columns(mix, of_hidden);
+    }
+    if (!of_gate.empty()) multiply(mix.receptance, dense(mixed_ + count_ * width, width, gate_, width), of_gate);
+  });
+  if (!mix.has_gate()) {
+    add_hidden_columns(mix, x_);
+    return;
+  }
+  std::fill_n(y_, count_ * width, 0.0f);
+  add_hidden_columns(mix, y_);
+  by_tokens([&](Range range) {
+    const int64_t at = range.begin * width, count = (range.end - range.begin) * width;
+    elementwise_.add_gated(x_ + at, y_ + at, gate_ + at, count);
+  });
+}
+
+// Hidden units `range`: relu(key · input)².
+void Pass::hidden_units(const ChannelMix& mix, Range range) {
+  const int64_t hidden = sizes_.hidden;
+  multiply(mix.key, dense(mixed_, sizes_.width, hidden_, hidden), range);
+  for (int64_t t = 0; t < count_; ++t)
+    relu_squared_.forward[0](hidden_ + t * hidden, hidden_ + t * hidden, range.begin, range.end);
+}
+
+// From hidden units straight to their part of the output, without reading the columns of those that are zero; whole
+// columns, because shorter pieces with gaps between them are read at half the speed.
+void Pass::hidden_columns(const ChannelMix& mix, Range units) {
+  const int64_t width = sizes_.width;
+  Product product = dense(hidden_, sizes_.hidden, partial_, width);
+  product.active = active_ + units.begin;
+  product.active_count = find_active(active_ + units.begin, units);
+  product.part_stride = count_ * width;
+  product.part_begin = units.begin / part_inputs;
+  product.part_end = (units.end + part_inputs - 1) / part_inputs;
+  multiply(mix.value, product, {0, width});
+  model_.ffn_reads.fetch_add(product.active_count, std::memory_order_relaxed);
+  model_.ffn_columns.fetch_add(units.end - units.begin, std::memory_order_relaxed);
+}
+
+// Adds what all hidden units give.
+void Pass::add_hidden_columns(const ChannelMix& mix, float* y) {
+  const int64_t width = sizes_.width;
+  if (sparse_)
+    by_tokens([&](Range range) {
+      for (int64_t t = range.begin; t < range.end; ++t)
+        elementwise_.add_parts(y + t * width, partial_ + t * width, number_of_parts(), count_ * width, width);
+    });
+  else
+    shared_out(width, 16, bytes_of_output(mix.value), [&](Range range) {
+      multiply(mix.value, dense(hidden_, sizes_.hidden, y, width, true), range);
+    });
+}
+
+// Hidden units of `range` that are not zero for every token.
+int64_t Pass::find_active(std::int32_t* list, Range range) const {
+  int64_t found = 0;
+  for (int64_t j = range.begin; j < range.end; ++j) {
+    bool is_active = false;
+    for (int64_t t = 0; t < count_; ++t) is_active |= hidden_[t * sizes_.hidden + j] != 0;
+    list[found] = static_cast<std::int32_t>(j);
+    found += is_active;
+  }
+  return found;
+}
+
+void Pass::head() {
+  const int64_t width = sizes_.width, wanted = static_cast<int64_t>(wanted_.size());
+  if (wanted == 0) return;
+  for (int64_t i = 0; i < wanted; ++i)
+    norm(model_.norm_out_, x_ + (wanted_[static_cast<std::size_t>(i)] - first_) * width, y_ + i * width);
+  Product product = dense(y_, width, logits_, sizes_.vocab);
+  product.tokens = wanted;
+  shared_out(sizes_.vocab, 16, bytes_of_output(model_.head_), [&](Range range) {
+    multiply(model_.head_, product, range);
+  });
+}
+
+}  // namespace rookery

@@ -1,0 +1,140 @@
+// What the tokens of one call go through, step by step; each step is shared out among the threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "core/threads.hpp"
+#include "kernels/elementwise.hpp"
+#include "kernels/product.hpp"
+#include "kernels/relu_squared.hpp"
+#include "kernels/token_shift.hpp"
+#include "runtime/model.hpp"
+
+namespace rookery {
+
+struct Range {
+  std::int64_t begin, end;
+  bool empty() const { return begin >= end; }
+};
+
+// One of several products that run side by side; `then` is applied to what it gives.
+struct Job {
+  const Matrix* matrix;
+  Product product;
+  void (*then)(float* x, std::int64_t count);
+};
+
+class Pass {
+ public:
+  void run(Workspace& memory);
+
+ protected:
+  // `mixes`: the most that a time mix makes of its input.
+  Pass(const Model& model, const Call& call, std::int64_t mixes);
+  ~Pass() = default;
+
+  // Takes the family's own memory.
+  virtual void place(Workspace&) = 0;
+  // From the residual stream to the time mix's output, which is added to it.
+  virtual void time_mix(std::size_t layer) = 0;
+
+  std::int64_t rows() const { return static_cast<std::int64_t>(segments_.size()); }
+  float* state(std::size_t row, std::size_t layer) const {
+    return segments_[row].state + static_cast<std::int64_t>(layer) * sizes_.layer_state();
+  }
+
+  // work(range) for parts of 0 … total − 1, cut at multiples of `unit`; each costs `bytes` of reading.
+  template <class Work>
+  void shared_out(std::int64_t total, std::int64_t unit, std::int64_t bytes, Work&& work) const {
+    const std::int64_t units = (total + unit - 1) / unit;
+    const std::int64_t most = count_ > few_tokens ? units : std::max<std::int64_t>(1, total * bytes / task_bytes);
+    const std::int64_t tasks = threads_ == 1 ? 1 : std::min<std::int64_t>({units, most, threads_ * tasks_a_thread});
+    parallel_for(static_cast<int>(tasks), threads_, [&](int task) {
+      const auto cut = [&](std::int64_t i) { return std::min(total, units * i / tasks * unit); };
+      work(Range{cut(task), cut(task + 1)});
+    });
+  }
+
+  // work(range) for parts of the tokens.
+  template <class Work>
+  void by_tokens(Work&& work) const {
+    if (count_ <= few_tokens)
+      work(Range{0, count_});
+    else
+      shared_out(count_, 1, 0, work);
+  }
+
+  void norm(const Norm& norm, const float* x, float* out) const {
+    elementwise_.layer_norm(x, norm.weight.data(), norm.bias.data(), sizes_.layer_norm_eps, out, sizes_.width);
+  }
+
+  // Norm and token shift of x into `mixed_`; at `offset` a layer's state keeps the last input.
+  void shift(std::size_t layer, const Norm& weights, const std::vector<float>& mix, std::int64_t offset);
+
+  void multiply(const Matrix& matrix, const Product& product, Range outputs) const {
+    product_.run[static_cast<int>(matrix.order)][static_cast<int>(matrix.format)](
+        matrix, product, outputs.begin, outputs.end);
+  }
+
+  Product dense(const float* x, std::int64_t x_stride, float* y, std::int64_t y_stride, bool add = false) const {
+    return {x, x_stride, y, y_stride, count_, add};
+  }
+
+  static std::int64_t bytes_of_output(const Matrix& matrix) {
+    return matrix.in * static_cast<std::int64_t>(bytes_of(matrix.format));
+  }
+
+  // The jobs' outputs are numbered one after the other and shared out: all have the same number of inputs.
+  void side_by_side(std::span<const Job> jobs) const;
+  // Block `block` of a low-rank map's second factor, applied to low [tokens, rank]: its part of y [tokens, width].
+  void second_factor(const LowRank& map, std::int64_t block, const float* low, float* y) const;
+  // Adds matrix · y_ to the residual stream.
+  void add_output(const Matrix& matrix);
+
+  // So few tokens' norms and mixes are computed sooner than other threads could be told to.
+  static constexpr std::int64_t few_tokens = 2;
+  // Weights of one task at least, so that taking it costs little beside reading them.
+  static constexpr std::int64_t task_bytes = 32 * 1024;
+  static constexpr int tasks_a_thread = 8;
+
+  const Model& model_;
+  const Sizes& sizes_;
+  const ProductKernels& product_ = product_kernels(model_.isa);
+  const ElementwiseKernels& elementwise_ = elementwise_kernels(model_.isa);
+  const TokenShiftKernels& token_shift_ = token_shift_kernels(model_.isa);
+  const ReluSquaredKernels& relu_squared_ = relu_squared_kernels(model_.isa);
+
+  std::span<const std::int32_t> tokens_;
+  std::span<const Segment> segments_;
+  int threads_;
+  std::int64_t count_;
+  std::vector<std::int64_t> starts_;  // [rows + 1], numbers of the segments' first tokens
+
+  // [tokens, width]: the residual stream, its norm, the output of a mix before its last matrix
+  float *x_, *normed_, *y_;
+  float *mixed_, *previous_;  // [mixes, tokens, width]; [rows, width], what was before the first tokens
+
+ private:
+  void embed();
+  void channel_mix(std::size_t layer);
+  void hidden_units(const ChannelMix& mix, Range range);
+  void hidden_columns(const ChannelMix& mix, Range range);
+  void add_hidden_columns(const ChannelMix& mix, float* y);
+  void head();
+  std::int64_t find_active(std::int32_t* list, Range range) const;
+  std::int64_t number_of_parts() const { return (sizes_.hidden + part_inputs - 1) / part_inputs; }
+
+  std::span<const std::int32_t> wanted_;
+  std::int64_t first_;  // number of the first token among those of the whole call
+  float* logits_;
+  std::int64_t mixes_;
+  bool sparse_;  // columns of hidden units that are zero are not read
+
+  float *hidden_, *partial_, *gate_;  // [tokens, hidden]; [parts, tokens, width]; [tokens, width]
+  std::int32_t* active_;              // [hidden]
+};
+
+}  // namespace rookery
