@@ -123,6 +123,32 @@ def render(
     return text + _turn(template, role, content) + END_OF_TURN + template.speakers["assistant"] + beginning
 
 
+def spoken_parts(messages: Sequence[Mapping[str, str]], template: str | ChatTemplate = "g1") -> list[tuple[str, bool]]:
+    """A finished conversation for training: pieces of its text, each with whether a model is to learn to say it.
+
+    Learned are the answers, with the space before them and, where a turn follows, the blank line that ends them: what
+    the model has to say by itself behind the prompt that `render` makes. The text ends with the last turn; the end-of-
+    text token that a model must learn as well is the caller's to add. Raises ValueError for what `render` refuses, and
+    for a conversation without an answer.
+    """
+    if isinstance(template, str):
+        template = get_template(template)
+    turns = [(message["role"], message["content"]) for message in messages]
+    _check_turns(template, turns)
+    if not any(role == "assistant" for role, _ in turns):
+        raise ValueError('a conversation to learn from needs a message of the role "assistant".')
+    parts: list[tuple[str, bool]] = []
+    for i, (role, content) in enumerate(turns):
+        end = END_OF_TURN if i + 1 < len(turns) else ""
+        text = _turn(template, role, content) + end
+        if role == "assistant":
+            speaker = template.speakers[role]
+            parts += [(speaker, False), (text.removeprefix(speaker), True)]
+        else:
+            parts.append((text, False))
+    return parts
+
+
 def _turn(template: ChatTemplate, role: str, content: str) -> str:
     return _spoken(template.speakers[role], content.strip() if role == "assistant" else clean(content))
 
