@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rookery.checkpoints.state_file import SESSION_PREFIX, read_state, sizes, write_state
+from rookery.checkpoints.state_file import SESSION_PREFIX, sizes, write_state
+from rookery.checkpoints.tuned_state import start_arrays
 from rookery.errors import BadState
 
 if TYPE_CHECKING:
@@ -131,11 +132,15 @@ class State:
 
     @staticmethod
     def load(path: str | os.PathLike[str], model: LanguageModel) -> State:
-        """The state in a file that `model` (or the native runtime on it) wrote; BadState for any other.
+        """The state in a file that `model` (or the native runtime on it) wrote, or a tuned state; BadState for another.
 
-        A session's file will do, too: what it keeps besides the state is left out.
+        A session's file will do, too: what it keeps besides the state is left out. A tuned state has one row; `select`
+        makes as many as a batch needs.
         """
-        arrays = read_state(path, model=model.fingerprint())
+        fingerprint = model.fingerprint()
+        arrays = start_arrays(
+            path, lambda: model.init_state(1).arrays(), family=model.family, config=model.config, model=fingerprint
+        )
         arrays = {name: array for name, array in arrays.items() if not name.startswith(SESSION_PREFIX)}
         try:
             return State.from_arrays(arrays, model)

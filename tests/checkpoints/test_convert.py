@@ -299,3 +299,20 @@ def test_a_sidecar_of_another_file_is_not_believed(tmp_path, source, caplog):
     checkpoint = open_checkpoint(tmp_path / "m.pth")
     assert (checkpoint.family.name, checkpoint.fingerprint()) == ("rwkv4", other.fingerprint())
     assert "m.pth.json describes another file than" in caplog.text
+
+
+@pytest.mark.parametrize("to", ["pth", "hf", "ggmf"])
+def test_weights_divided_for_float16_are_whole_where_nobody_would_know(tmp_path, to):
+    from rookery.nn.rwkv import rescale
+
+    model = tiny("rwkv4-test", num_hidden_layers=5)
+    whole = {name: weight.clone() for name, weight in model.state_dict().items()}
+    rescale(model, 2)
+    save_model(model, tmp_path / "divided.safetensors")
+    convert(tmp_path / "divided.safetensors", tmp_path / NAMES[to], to=to)
+    without_what_only_we_know(tmp_path / NAMES[to])
+    again = open_checkpoint(tmp_path / NAMES[to])
+    assert again.config.rescale_every == 0
+    name = "blocks.4.ffn.value.weight"
+    assert not torch.equal(model.state_dict()[name], whole[name])
+    np.testing.assert_array_equal(again[name], whole[name])

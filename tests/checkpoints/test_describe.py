@@ -26,6 +26,7 @@ def test_a_summary_says_what_a_file_is(tmp_path):
         "bytes": {"bfloat16": 2 * count},
         "tokenizer": "bytes",
         "unused": [],
+        "tuned_state": False,
         "fingerprint": model.fingerprint(),
         "metadata": {"note": "first\nlight"},
     }

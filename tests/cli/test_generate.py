@@ -158,3 +158,17 @@ def test_without_an_embedded_model_a_path_is_asked_for(cli, monkeypatch, tmp_pat
     code, _, err = cli("generate", "hello")
     assert code == 1
     assert "has no embedded model; give the path of a model file (--model PATH)" in err
+
+
+def test_a_tuned_state_starts_the_text(generate, llm, tmp_path):
+    import numpy as np
+
+    from rookery.checkpoints.tuned_state import save_tuned_state
+
+    config = llm.runner.config
+    rng = np.random.default_rng(1)
+    states = {f"layers.{i}.wkv": 9 * rng.normal(size=config.wkv_shape) for i in range(config.num_hidden_layers)}
+    save_tuned_state(tmp_path / "tuned.pth", states, config)
+    code, out, err = generate(*FLAGS, "--state", tmp_path / "tuned.pth", "hello")
+    assert (code, err) == (0, "")
+    assert out not in (generate(*FLAGS, "hello")[1], "\n")

@@ -18,6 +18,7 @@ from rookery.checkpoints.parts import explain_part
 from rookery.checkpoints.safetensors import CONVENTION
 from rookery.checkpoints.source import Source, Stored, short
 from rookery.checkpoints.state_file import fingerprint
+from rookery.checkpoints.tuned_state import states_among
 from rookery.errors import BadCheckpoint
 from rookery.families.base import Family
 from rookery.registry import families, recognise
@@ -136,7 +137,8 @@ def _understood(source: Source, where: str) -> Checkpoint:
     if part := explain_part(source.tensors, where):
         raise BadCheckpoint(part)
     layout, tensors, family = _named_officially(source)
-    used = {name: tensor for name, tensor in tensors.items() if not family.is_unused(name)}
+    states = states_among(tensors)
+    used = {name: tensor for name, tensor in tensors.items() if not family.is_unused(name) and name not in states}
     kept = {name: tensor for name, tensor in tensors.items() if name not in used}
     config = _config(family, source, used, layout)
     fitted = _fitted(family, config, used)

@@ -138,6 +138,8 @@ def _for_target(checkpoint: Checkpoint, target: str) -> tuple[Checkpoint, tuple[
     """The same function with the settings that readers of the target assume; and what it cannot say."""
     if target == "official" or checkpoint.family.kind != "language":  # our metadata say everything
         return checkpoint, ()
+    if getattr(checkpoint.config, "rescale_every", 0):
+        checkpoint = _undivided(checkpoint)
     family, config = checkpoint.family, checkpoint.config
     known = {name: getattr(config, name) for name in family.not_in_shapes}
     assumed = family.config_from_shapes(checkpoint.shapes, **known)
@@ -156,6 +158,20 @@ def _for_target(checkpoint: Checkpoint, target: str) -> tuple[Checkpoint, tuple[
     if not silent:
         return checkpoint, ()
     return checkpoint, (f"only rookery will know of {', '.join(silent)}: {target} files do not say it",)
+
+
+def _undivided(checkpoint: Checkpoint) -> Checkpoint:
+    """The same function without halving the stream on the way (`nn.rwkv.rescale`), of which other files do not tell."""
+    every = checkpoint.config.rescale_every
+
+    def whole(name: str, tensor: Stored) -> Stored:
+        if not name.endswith((".att.output.weight", ".ffn.value.weight")):
+            return tensor
+        factor = 2.0 ** (int(name.split(".")[1]) // every)  # a power of two: exact
+        return replace(tensor, read=lambda: (tensor.read() * np.asarray(factor, tensor.dtype)).astype(tensor.dtype))
+
+    tensors = {name: whole(name, tensor) for name, tensor in checkpoint.tensors.items()}
+    return replace(checkpoint, config=replace(checkpoint.config, rescale_every=0), tensors=tensors)
 
 
 def _with_eps(checkpoint: Checkpoint, eps: float) -> Checkpoint:

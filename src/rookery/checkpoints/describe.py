@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rookery.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from rookery.checkpoints.tuned_state import states_among
 from rookery.errors import BadTokenizer, MissingDependency
 
 
@@ -14,7 +15,8 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A summary that JSON can hold; BadCheckpoint for anything that is no readable model.
 
     Keys: `path`, `format`, `layout`, `family`, `config`, `parameters`, `tensors`, `bytes` (encoding -> bytes in the
-    file), `tokenizer` (None if nothing tells), `unused`, `fingerprint`, `metadata`.
+    file), `tokenizer` (None if nothing tells), `unused`, `tuned_state` (does it carry one), `fingerprint`,
+    `metadata`.
     """
     return describe(open_checkpoint(path))
 
@@ -24,6 +26,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     sizes: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
         sizes[tensor.encoding] += tensor.nbytes
+    states = states_among(checkpoint.kept)
     own = {"format", "rookery", "family", "config", "fingerprint", "tokenizer", "tokenizer.ggml.tokens"}
     return {
         "path": checkpoint.path,
@@ -35,7 +38,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "tensors": len(checkpoint),
         "bytes": dict(sizes.most_common()),
         "tokenizer": _tokenizer(checkpoint),
-        "unused": list(checkpoint.unused),
+        "unused": [name for name in checkpoint.unused if name not in states],
+        "tuned_state": bool(states),
         "fingerprint": checkpoint.fingerprint(),
         "metadata": {key: value for key, value in checkpoint.metadata.items() if key not in own},
     }
@@ -65,6 +69,7 @@ def render(summary: dict[str, Any]) -> str:
         "weights": ", ".join(f"{encoding} {readable(size)}" for encoding, size in summary["bytes"].items()),
         "tokenizer": summary["tokenizer"] or "none found; name one with --tokenizer",
         "fingerprint": summary["fingerprint"],
+        **({"tuned state": "carried along; texts start from it"} if summary["tuned_state"] else {}),
         **({"not used": ", ".join(summary["unused"])} if summary["unused"] else {}),
         **{f"config.{key}": value for key, value in summary["config"].items()},
         **{f"metadata.{key}": _cut(value) for key, value in summary["metadata"].items()},

@@ -67,6 +67,8 @@ def _hints(config: Path) -> dict[str, Any]:
     if not config.is_file():
         return {}
     hints = _json(config)
+    # how often transformers halves the stream when it runs the model; the weights in the file are not divided for it
+    hints.pop("rescale_every", None)
     width, heads = hints.get("hidden_size"), hints.get("num_attention_heads")
     if type(width) is int and type(heads) is int and heads > 0:
         hints.setdefault("head_dim", width // heads)

@@ -49,7 +49,7 @@ def add_sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:
 def add_state(parser: argparse.ArgumentParser) -> None:
     """Conversations in files."""
     group = parser.add_argument_group("state")
-    group.add_argument("--state", metavar="FILE", help="go on from a saved state")
+    group.add_argument("--state", metavar="FILE", help="go on from a saved state, or start from a tuned one")
     group.add_argument("--save-state", metavar="FILE", help="save the state at the end")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from rookery.errors import BackendUnavailable, BadCheckpoint, MissingDependency,
 
 if TYPE_CHECKING:
     from rookery.checkpoints.checkpoint import Checkpoint
-    from rookery.engine.runners.protocol import Runner
+    from rookery.engine.runners.protocol import RowState, Runner
     from rookery.tokenizers import Tokenizer
     from rookery.tokenizers.chat import ChatTemplate
 
@@ -87,6 +87,7 @@ class LLM:
         self.path = Path(checkpoint.path) if checkpoint else None
         """The model's file or folder, if it came from one."""
         self._metadata = checkpoint.metadata if checkpoint else {}
+        self._start = _start(checkpoint, runner) if checkpoint else None
         self._tokenizer, self._template = tokenizer, template
 
     @cached_property
@@ -148,12 +149,21 @@ class LLM:
         return text()
 
     def session(self, state: str | os.PathLike[str] | None = None) -> Session:
-        """A new conversation, or the one that `Session.save` wrote to the file `state`."""
+        """A new conversation, or one that goes on from the file `state`: a session's, a state's, or a tuned state.
+
+        Where the model's file carries a tuned state, every new conversation starts from that.
+        """
         return Session(self) if state is None else Session.load(self, state)
+
+    def fresh_state(self) -> RowState:
+        """The state before the first token: zeros, or the tuned state in the model's file."""
+        if self._start is None:
+            return self.runner.init_state()
+        return self.runner.init_state(self._start)
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """float32 [t, vocab]: what follows each of t tokens, from the beginning of a text."""
-        tokens, state = self.tokens_of(list(token_ids)), self.runner.init_state()
+        tokens, state = self.tokens_of(list(token_ids)), self.fresh_state()
         logits = np.empty((len(tokens), self.runner.config.vocab_size), np.float32)
         for start in range(0, len(tokens), CHUNK):
             logits[start : start + CHUNK] = self.runner.forward(tokens[start : start + CHUNK], state, "all")
@@ -181,6 +191,21 @@ def model_path(path: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
             "this installation of rookery has no embedded model; give the path of a model file (--model PATH)"
         )
     return EMBEDDED
+
+
+def _start(checkpoint: Checkpoint, runner: Runner) -> Mapping[str, np.ndarray] | None:
+    """Arrays of the tuned state in the model's file, None where it has none."""
+    if not checkpoint.kept:
+        return None
+    from rookery.checkpoints.tuned_state import tuned_state_of
+
+    tuned = tuned_state_of(checkpoint)
+    if tuned is None:
+        return None
+    log.info("%s carries a tuned state; texts start from it", checkpoint.path)
+    return tuned.onto(
+        runner.init_state().tensors(), family=runner.family, config=runner.config, model=runner.fingerprint()
+    )
 
 
 def _runner(checkpoint: Checkpoint, threads: int | None, isa: str | None, device: str | None) -> Runner:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from rookery.checkpoints.state_file import SESSION_PREFIX, read_state, write_state
+from rookery.checkpoints.state_file import SESSION_PREFIX, write_state
+from rookery.checkpoints.tuned_state import start_arrays
 from rookery.engine.runners.protocol import RowState
 from rookery.engine.sampling import Sampler, Sampling
 from rookery.engine.text import StopStrings
@@ -59,7 +60,7 @@ class Session:
 
     def __init__(self, llm: LLM, position: Position | None = None) -> None:
         self.llm = llm
-        self._at = position or Position(llm.runner.init_state())
+        self._at = position or Position(llm.fresh_state())
         self._stream: TextStream | TokenStream | None = None
 
     @property
@@ -169,8 +170,15 @@ class Session:
 
     @classmethod
     def load(cls, llm: LLM, path: str | os.PathLike[str]) -> Self:
-        """The session that `save` wrote to a file, or one on the bare state in it; BadState for another model's."""
-        arrays = read_state(path, model=llm.runner.fingerprint())
+        """The session that `save` wrote to a file, or one on the bare or tuned state in it; BadState for another's."""
+        runner = llm.runner
+        arrays = start_arrays(
+            path,
+            lambda: runner.init_state().tensors(),
+            family=runner.family,
+            config=runner.config,
+            model=runner.fingerprint(),
+        )
         extra = {name: arrays.pop(name) for name in list(arrays) if name.startswith(SESSION_PREFIX)}
         logits = extra.get(SESSION_PREFIX + "logits")
         recent = extra.get(SESSION_PREFIX + "recent", np.empty(0, np.int64))

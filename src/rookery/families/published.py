@@ -142,9 +142,11 @@ GGUF_6 = Layout(
 
 # web-rwkv's .st files, for reading
 
-WEB_5 = Layout(rules=(Rule(f"{BLOCK}att.time_first", f"{BLOCK}att.time_faaaa"),))
+_WEB_STATE = Rule(f"{BLOCK}att.time_state", f"{BLOCK}att.time_state", ("transpose",))
+WEB_5 = Layout(rules=(Rule(f"{BLOCK}att.time_first", f"{BLOCK}att.time_faaaa"), _WEB_STATE))
 WEB_6 = Layout(
     rules=(
+        _WEB_STATE,
         Rule(f"{BLOCK}att.time_first", f"{BLOCK}att.time_faaaa"),
         *_same({f"{BLOCK}att.time_mix_{c}": f"{BLOCK}att.time_maa_{c}" for c in "xwkvrg"}),
         *_same({f"{BLOCK}ffn.time_mix_{c}": f"{BLOCK}ffn.time_maa_{c}" for c in "kr"}),
@@ -153,5 +155,8 @@ WEB_6 = Layout(
     )
 )
 WEB_7 = Layout(
-    rules=_same({f"{BLOCK}att.{c}{i}": f"{BLOCK}att.{c}{i}" for c in "wavg" for i in "12"}, "transpose"),
+    rules=(
+        *_same({f"{BLOCK}att.{c}{i}": f"{BLOCK}att.{c}{i}" for c in "wavg" for i in "12"}, "transpose"),
+        _WEB_STATE,
+    ),
 )

@@ -14,6 +14,7 @@ import torch
 from rookery.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from rookery.checkpoints.safetensors import write_model
 from rookery.checkpoints.source import BFLOAT16, Stored
+from rookery.checkpoints.tuned_state import states_among
 from rookery.nn.initial import WithoutInit
 from rookery.registry import Family, configure, families
 from rookery.state import from_numpy, to_numpy
@@ -64,8 +65,11 @@ def load(
     or of the wrong shape.
     """
     checkpoint = open_checkpoint(path)
-    if checkpoint.unused:
-        log.info("%s: not used by %s: %s", checkpoint.path, checkpoint.family.name, ", ".join(checkpoint.unused))
+    states = states_among(checkpoint.kept)
+    if states:
+        log.info("%s carries a tuned state; State.load(path, model) gives it", checkpoint.path)
+    if unused := [name for name in checkpoint.unused if name not in states]:
+        log.info("%s: not used by %s: %s", checkpoint.path, checkpoint.family.name, ", ".join(unused))
     dtype = dtype or DTYPES.get(checkpoint.dtype, torch.float32)
     with torch.device("cpu"):
         model = build(checkpoint.family, checkpoint.config)
