@@ -1,0 +1,37 @@
+"""What of a model is trained. Plain data: knows neither torch nor peft."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Method = Literal["full", "lora", "pissa", "miss", "bat", "state"]
+ADAPTERS = ("lora", "pissa", "miss", "bat")
+"""Methods that add matrices to the model's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptConfig:
+    """What is trained, and with how many numbers."""
+
+    method: Method = "lora"
+    """All weights ("full"), low-rank or block matrices beside them ("lora", "pissa", "miss", "bat"), or only the state
+    that every text begins from ("state")."""
+    rank: int = 16
+    """Rank of "lora" and "pissa"; rows of the block of "miss" and "bat" (r in their papers)."""
+    alpha: float = 0.0
+    """Strength of "lora": its update is scaled by alpha / rank; 0 for alpha = rank. "pissa" always has alpha = rank."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs that a training step drops."""
+    targets: str = "att,ffn"
+    """Where adapters go: parts of a block separated by commas, each with all its matrices ("att") or one of them
+    ("att.key")."""
+    shifts: bool = False
+    """Whether "state" also trains the vectors that stand for the token before the first."""
+
+    def __post_init__(self) -> None:
+        known = ("full", *ADAPTERS, "state")
+        if self.method not in known:
+            raise ValueError(f"adapt.method must be one of {', '.join(known)}; got {self.method!r}")
+        if self.rank < 1:
+            raise ValueError(f"adapt.rank must be at least 1, got {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"adapt.dropout must lie in [0, 1), got {self.dropout}")
