@@ -48,21 +48,21 @@ class Conversion:
 
 
 def convert(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Checkpoint,
     destination: str | os.PathLike[str],
     *,
     to: str | None = None,
     dtype: str | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Writes the model in `source` to `destination`, whole or not at all.
+    """Writes the model in `source`, a path or an open checkpoint, to `destination`, whole or not at all.
 
     `to` is one of TARGETS; left out, the ending of `destination` tells, a name without a known one is a folder. `dtype`
     is one of DTYPES (for GGUF also q8_0, q4_0); left out, every tensor keeps its precision where the target can hold
     it, and widens where it cannot. Metadata and the tokenizer go along; what the target cannot carry is written beside
     it, to DESTINATION.json. Raises BadCheckpoint for a bad source, ValueError for a target that cannot hold the model.
     """
-    checkpoint = open_checkpoint(source)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     path = Path(destination)
     target = _target(checkpoint, path, to)
     _check_dtype(target, dtype)

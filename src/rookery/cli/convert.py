@@ -1,8 +1,14 @@
 """Turn a model file into another format or precision. DST is whole or absent, whatever happens."""
 
+from __future__ import annotations
+
 import argparse
 import sys
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rookery.checkpoints.checkpoint import Checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,13 +25,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    return write(args.source, args.destination, to=args.to, dtype=args.dtype)
+
+
+def write(source: str | Checkpoint, destination: str, *, to: str | None, dtype: str | None) -> int:
+    """Converts and tells what was done."""
     from rookery.checkpoints.convert import convert
     from rookery.checkpoints.describe import readable
 
     bar = _Bar() if sys.stderr.isatty() else None
     started = time.perf_counter()
     try:
-        done = convert(args.source, args.destination, to=args.to, dtype=args.dtype, progress=bar)
+        done = convert(source, destination, to=to, dtype=dtype, progress=bar)
     finally:
         if bar:
             bar.close()

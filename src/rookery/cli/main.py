@@ -16,6 +16,7 @@ VERBS = {
     "train": "train a model from a recipe, or go on where it stopped",
     "recipes": "list the named training runs",
     "convert": "turn a model file into another format",
+    "merge": "put an adapter into the model that it was trained on",
     "inspect": "say what a model file is",
     "models": "list the models that can be made by name",
     "tokenize": "show or count the tokens of a text",

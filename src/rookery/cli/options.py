@@ -21,6 +21,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quantize", metavar="TYPE", help="smaller weights (the file's precision)")
     group.add_argument("--threads", type=int, metavar="N", help="threads (all cores; one for a small model)")
     group.add_argument("--isa", metavar="NAME", help="force an instruction set, as avx2; `rookery doctor` lists them")
+    group.add_argument("--adapter", metavar="FILE", help="merge an adapter of RWKV-PEFT or a folder of peft")
+    group.add_argument("--adapter-alpha", type=float, metavar="X", help="alpha of a LoRA whose file does not say it")
     group.add_argument("--device", metavar="NAME", help="run with torch on this device, as cuda")
 
 
@@ -65,6 +67,8 @@ def load_llm(args: argparse.Namespace, template: str | None = None) -> LLM:
         device=args.device,
         tokenizer=args.tokenizer,
         template=template,
+        adapter=args.adapter,
+        adapter_alpha=args.adapter_alpha,
     )
 
 

@@ -37,8 +37,9 @@ class LLM:
     has) for the compiled runtime. `device` ("cpu", "cuda", …) runs the model with torch there; without it torch runs
     what the compiled runtime does not know. `tokenizer` is a tokenizer, or the name or file of one; left out, it is
     found when text is first needed. `template` names the form of a conversation that the model was trained on ("g1",
-    "world", "raven"), where its file name does not tell. Raises BadCheckpoint for what is no model, BackendUnavailable
-    or MissingDependency for what cannot run here.
+    "world", "raven"), where its file name does not tell. `adapter` is a file of RWKV-PEFT or a folder of peft
+    that is merged into the weights, `adapter_alpha` the alpha of a LoRA whose file does not say it. Raises
+    BadCheckpoint for what is no model, BackendUnavailable or MissingDependency for what cannot run here.
     """
 
     def __init__(
@@ -51,6 +52,8 @@ class LLM:
         device: str | None = None,
         tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
         template: str | None = None,
+        adapter: str | os.PathLike[str] | None = None,
+        adapter_alpha: float | None = None,
     ) -> None:
         if quantize is not None and quantize not in FORMATS:
             supported = ", ".join(map(repr, FORMATS)) or "None, which keeps the precision of the file"
@@ -60,6 +63,10 @@ class LLM:
         from rookery.checkpoints.checkpoint import open_checkpoint
 
         checkpoint = open_checkpoint(model_path(path))
+        if adapter is not None:
+            from rookery.checkpoints.adapter import adapted
+
+            checkpoint = adapted(checkpoint, adapter, alpha=adapter_alpha)
         self._set(_runner(checkpoint, threads, isa, device), checkpoint, tokenizer, template)
 
     @classmethod
@@ -238,4 +245,4 @@ def _torch_runner(checkpoint: Checkpoint, threads: int | None, device: str, reas
         raise MissingDependency(
             f'{reason}; torch could run the model, but {error}; pip install "rookery[torch]"'
         ) from None
-    return TorchRunner.load(checkpoint.path, device=device, threads=threads)
+    return TorchRunner.load(checkpoint, device=device, threads=threads)

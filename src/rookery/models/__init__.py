@@ -56,15 +56,27 @@ def create_model(
 
 
 def load(
-    path: str | os.PathLike[str], *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    path: str | os.PathLike[str] | Checkpoint,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    adapter_alpha: float | None = None,
 ) -> Any:
     """The model in a file or folder of any readable format, with the file's precision unless `dtype` is given.
+
+    `adapter` is a file of RWKV-PEFT or a folder of peft that is merged into the weights; `adapter_alpha` the alpha of a
+    LoRA whose file does not say it. `path` may be an open checkpoint.
 
     A model has one dtype: that of most numbers in the file; quantised weights become float32. Nothing in the file is
     executed. Raises BadCheckpoint for a file that is damaged, of no registered family, or with weights missing, unknown
     or of the wrong shape.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    if adapter is not None:
+        from rookery.checkpoints.adapter import adapted
+
+        checkpoint = adapted(checkpoint, adapter, alpha=adapter_alpha)
     states = states_among(checkpoint.kept)
     if states:
         log.info("%s carries a tuned state; State.load(path, model) gives it", checkpoint.path)

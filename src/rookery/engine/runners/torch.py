@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from rookery.checkpoints.checkpoint import Checkpoint
 from rookery.engine.runners.protocol import Wanted
 from rookery.nn.language_model import LanguageModel
 from rookery.state import State
@@ -47,7 +48,9 @@ class TorchRunner:
         self.config = model.config
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, device: str = "cpu", threads: int | None = None) -> TorchRunner:
+    def load(
+        cls, path: str | os.PathLike[str] | Checkpoint, *, device: str = "cpu", threads: int | None = None
+    ) -> TorchRunner:
         """The model in a file of any readable format, on `device`; ValueError where there is no such device."""
         from rookery.models import load
 

@@ -1,0 +1,94 @@
+"""What each kind of adapter does to a weight W [out, in], in NumPy: the merged matrix (adaptation.md C.2)."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+Factors = Mapping[str, np.ndarray]
+"""Part of an adapter's tensors for one weight, without the module's name: "lora_A", "disha" … -> float32 values."""
+Shape = tuple[int, ...]
+
+
+class Misfit(ValueError):
+    """The factors do not fit the weight; the message says how."""
+
+
+def low_rank(weight: np.ndarray, factors: Factors, scale: float) -> np.ndarray:
+    """LoRA: W + s·B·A, with A [r, in] and B [out, r]; less PiSSA's first pair where the file has it (scale 1)."""
+    a, b = factors["lora_A"], factors["lora_B"]
+    if "init_lora_A" in factors:
+        return weight - factors["init_lora_B"] @ factors["init_lora_A"] + b @ a
+    merged = weight + scale * (b @ a)
+    magnitude = factors.get("lora_magnitude_vector")
+    if magnitude is None:
+        return merged
+    # DoRA: every row keeps its direction and gets a length of its own
+    return magnitude.reshape(-1, 1) * merged / np.linalg.norm(merged, axis=1, keepdims=True)
+
+
+def table(weight: np.ndarray, factors: Factors, scale: float) -> np.ndarray:
+    """LoRA of an embedding [tokens, width]: A [r, tokens], B [width, r]."""
+    return weight + scale * (factors["lora_embedding_B"] @ factors["lora_embedding_A"]).T
+
+
+def shards(weight: np.ndarray, shared: np.ndarray) -> np.ndarray:
+    """MiSS, once Bone: every column i gets row i mod r of D [r, out]; D [r, out / n] is repeated n times."""
+    outputs, inputs = weight.shape
+    shared = np.tile(shared, (1, outputs // shared.shape[1]))
+    return weight + shared[np.arange(inputs) % shared.shape[0]].T
+
+
+def affine_blocks(weight: np.ndarray, blocks: np.ndarray, *, by_rows: bool) -> np.ndarray:
+    """BAT: blocks W[a, b] of r × r become W[a, b]·B + B, with a B for every a (row of blocks), or for every b."""
+    (outputs, inputs), r = weight.shape, blocks.shape[1]
+    cut = weight.reshape(outputs // r, r, inputs // r, r).swapaxes(1, 2)  # [a, b, r, r]
+    factor = blocks[:, None] if by_rows else blocks[None]
+    changed = cut + cut @ factor + factor
+    return changed.swapaxes(1, 2).reshape(outputs, inputs)
+
+
+def check_low_rank(weight: Shape, factors: Mapping[str, Shape]) -> None:
+    """Misfit unless every factor has its place beside `weight`."""
+    for first, second in (("lora_A", "lora_B"), ("init_lora_A", "init_lora_B")):
+        if first not in factors and second not in factors:
+            continue
+        if first not in factors or second not in factors:
+            raise Misfit(f"there is {first} without {second}, or the other way round")
+        _pair(weight, (first, factors[first]), (second, factors[second]))
+    if "lora_A" not in factors:
+        raise Misfit("lora_A is missing")
+
+
+def check_table(weight: Shape, factors: Mapping[str, Shape]) -> None:
+    """The same for an embedding."""
+    names = "lora_embedding_A", "lora_embedding_B"
+    if any(name not in factors for name in names):
+        raise Misfit(f"{' or '.join(names)} is missing")
+    _pair(weight[::-1], *((name, factors[name]) for name in names))
+
+
+def check_shards(weight: Shape, shared: Shape) -> None:
+    """The same for MiSS."""
+    outputs, inputs = weight
+    if outputs % max(1, shared[1]) or not 0 < shared[0] <= inputs:
+        raise Misfit(f"a factor {_times(shared)} shares no rows with a weight {_times(weight)}")
+
+
+def check_blocks(weight: Shape, blocks: Shape, *, by_rows: bool) -> None:
+    """The same for BAT."""
+    outputs, inputs = weight
+    count, r = blocks[:2]
+    if blocks[2] != r or outputs % r or inputs % r or count * r != (outputs if by_rows else inputs):
+        raise Misfit(f"a factor {_times(blocks)} does not cut a weight {_times(weight)} into blocks")
+
+
+def _pair(weight: Shape, a: tuple[str, Shape], b: tuple[str, Shape]) -> None:
+    (a_name, a_shape), (b_name, b_shape) = a, b
+    if len(a_shape) != 2 or a_shape[1] != weight[1]:
+        raise Misfit(f"{a_name} {_times(a_shape)} does not fit a weight {_times(weight)}")
+    if b_shape != (weight[0], a_shape[0]):
+        raise Misfit(f"{b_name} {_times(b_shape)} does not fit a weight {_times(weight)}")
+
+
+def _times(shape: Shape) -> str:
+    return " × ".join(map(str, shape))
