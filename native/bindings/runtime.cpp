@@ -14,6 +14,9 @@
 #include "bindings/module.hpp"
 #include "core/threads.hpp"
 #include "kernels/reading.hpp"
+#include "runtime/rwkv4.hpp"
+#include "runtime/rwkv5.hpp"
+#include "runtime/rwkv6.hpp"
 #include "runtime/rwkv7.hpp"
 
 namespace nb = nanobind;
@@ -46,20 +49,41 @@ struct Config {
   const nb::dict& fields;
   std::int64_t size(const char* name) const { return nb::cast<std::int64_t>(fields[name]); }
   float number(const char* name) const { return nb::cast<float>(fields[name]); }
+  bool truth(const char* name) const { return nb::cast<bool>(fields[name]); }
+  std::string word(const char* name) const { return nb::cast<std::string>(fields[name]); }
 };
 
 Sizes sizes_of(const Config& c, std::int64_t wkv) {
-  return {c.size("vocab_size"),        c.size("hidden_size"), c.size("num_hidden_layers"),
-          c.size("intermediate_size"), wkv,                   c.number("layer_norm_eps")};
+  return {c.size("vocab_size"),
+          c.size("hidden_size"),
+          c.size("num_hidden_layers"),
+          c.size("intermediate_size"),
+          wkv,
+          c.number("layer_norm_eps"),
+          c.fields.contains("rescale_every") ? c.size("rescale_every") : 0};
 }
 
 std::unique_ptr<Model> make(
     const std::string& family, const Config& c, Weights& weights, Isa isa, int threads) {
+  const std::int64_t width = c.size("hidden_size");
+  if (family == "rwkv4") return std::make_unique<Rwkv4>(sizes_of(c, 3 * width), weights, isa, threads);
+  const std::int64_t head = c.size("head_dim");
+  const Sizes sizes = sizes_of(c, width * head);
+  const float eps = c.number("group_norm_eps");
+  if (family == "rwkv5") {
+    const Rwkv5Sizes own{head, eps, c.truth("has_gate"), c.word("decay") == "head", c.word("bonus") == "time_first"};
+    return std::make_unique<Rwkv5>(sizes, own, weights, isa, threads);
+  }
+  if (family == "rwkv6") {
+    const std::string variant = c.word("variant");  // x060, x060a, …
+    const Rwkv6Sizes own{head, c.size("mix_rank"), c.size("decay_rank"), c.size("gate_rank"), eps,
+                         variant.size() == 5 ? variant[4] : '\0', c.truth("damp_keys")};
+    return std::make_unique<Rwkv6>(sizes, own, weights, isa, threads);
+  }
   if (family == "rwkv7") {
-    const std::int64_t head = c.size("head_dim");
     const Rwkv7Sizes own{head, c.size("decay_rank"), c.size("rate_rank"), c.size("value_rank"), c.size("gate_rank"),
-                         c.number("group_norm_eps")};
-    return std::make_unique<Rwkv7>(sizes_of(c, c.size("hidden_size") * head), own, weights, isa, threads);
+                         eps};
+    return std::make_unique<Rwkv7>(sizes, own, weights, isa, threads);
   }
   throw std::invalid_argument("there is no runtime for the family " + family);
 }
@@ -79,6 +103,16 @@ struct Loaded {
     for (const std::string& name : weights.borrowed()) kept.emplace(name, arrays.at(name));
   }
 
+  void check_state(const Floats& state) const {
+    if (static_cast<std::int64_t>(state.size()) != runtime->sizes.state())
+      throw std::invalid_argument("a state has another size than this model's");
+  }
+
+  void begin(const Floats& state) const {
+    check_state(state);
+    runtime->begin(state.data());
+  }
+
   void forward(
       const Numbers& tokens, const std::vector<Floats>& states, const std::vector<std::int64_t>& lengths,
       const Numbers& wanted, const Floats& logits, int threads) const {
@@ -86,8 +120,7 @@ struct Loaded {
     std::vector<Segment> segments;
     std::int64_t total = 0;
     for (std::size_t i = 0; i < states.size(); ++i) {
-      if (static_cast<std::int64_t>(states[i].size()) != runtime->sizes.state())
-        throw std::invalid_argument("a state has another size than this model's");
+      check_state(states[i]);
       segments.push_back({states[i].data(), lengths.at(i)});
       total += lengths[i];
     }
@@ -147,6 +180,7 @@ void bind_runtime(nb::module_& m) {
                    },
                    "Columns of the channel mixes' second matrices read so far, and how many there were.")
       .def_prop_ro("isa", [](const Loaded& model) { return std::string(name(model.runtime->isa)); })
+      .def("begin", &Loaded::begin, "state"_a, "Makes a state that before the first token.")
       .def("forward", &Loaded::forward, "tokens"_a, "states"_a, "lengths"_a, "wanted"_a, "logits"_a, "threads"_a,
            "Reads lengths[i] tokens into states[i], one sequence after the other, and writes the logits that follow "
            "the tokens at the positions `wanted`.");

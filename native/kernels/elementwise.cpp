@@ -52,6 +52,20 @@ void exponential(float* x, int64_t count) {
   map(x, count, [](vfloat v) { return exp(v); });
 }
 
+void decay(float* x, int64_t count) {
+  map(x, count, [](vfloat v) {
+    const vfloat log_w = -exp(v), w = exp(log_w);
+    return log_w < splat(-87.0f) ? vfloat{} : w;
+  });
+}
+
+void interpolate(const float* x, const float* before, const float* mix, float* weight, int64_t count) {
+  sweep(count, [&](int64_t j, auto part) {
+    const vfloat from = load(x + j, part), way = load(before + j, part) - from;
+    store(weight + j, from + way * (load(mix + j, part) + load(weight + j, part)), part);
+  });
+}
+
 void approach(float* x, const float* target, const float* logit, int64_t count) {
   sweep(count, [&](int64_t j, auto part) {
     const vfloat from = load(x + j, part), way = load(target + j, part) - from;
@@ -62,6 +76,12 @@ void approach(float* x, const float* target, const float* logit, int64_t count) 
 void add_gated(float* x, const float* y, const float* logit, int64_t count) {
   sweep(count, [&](int64_t j, auto part) {
     store(x + j, load(x + j, part) + load(y + j, part) * sigmoid(load(logit + j, part)).value, part);
+  });
+}
+
+void times_logistic(float* x, const float* logit, int64_t count) {
+  sweep(count, [&](int64_t j, auto part) {
+    store(x + j, load(x + j, part) * sigmoid(load(logit + j, part)).value, part);
   });
 }
 
@@ -94,8 +114,11 @@ const ElementwiseKernels ROOKERY_ISA::elementwise{
     ROOKERY_ISA::hyperbolic_tangent,
     ROOKERY_ISA::logistic,
     ROOKERY_ISA::exponential,
+    ROOKERY_ISA::decay,
+    ROOKERY_ISA::interpolate,
     ROOKERY_ISA::approach,
     ROOKERY_ISA::add_gated,
+    ROOKERY_ISA::times_logistic,
     ROOKERY_ISA::times_silu,
     ROOKERY_ISA::add_parts,
     {ROOKERY_ISA::widen<float>, ROOKERY_ISA::widen<std::uint16_t>, ROOKERY_ISA::widen<float16>}};

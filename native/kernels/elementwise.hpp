@@ -16,10 +16,16 @@ struct ElementwiseKernels {
   void (*hyperbolic_tangent)(float* x, std::int64_t count);
   void (*logistic)(float* x, std::int64_t count);
   void (*exponential)(float* x, std::int64_t count);
+  // x = e^(−e^x), 0 where float32 has no more than a few digits of it
+  void (*decay)(float* x, std::int64_t count);
+  // weight = x + (before − x) · (mix + weight)
+  void (*interpolate)(const float* x, const float* before, const float* mix, float* weight, std::int64_t count);
   // x += (target − x) · logistic(logit)
   void (*approach)(float* x, const float* target, const float* logit, std::int64_t count);
   // x += y · logistic(logit)
   void (*add_gated)(float* x, const float* y, const float* logit, std::int64_t count);
+  // x *= logistic(logit)
+  void (*times_logistic)(float* x, const float* logit, std::int64_t count);
   // x *= logit · logistic(logit)
   void (*times_silu)(float* x, const float* logit, std::int64_t count);
   // x += parts[0] + parts[1] + …, each `stride` floats after the one before it; there is at least one.

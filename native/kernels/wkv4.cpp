@@ -13,7 +13,6 @@ namespace {
 using std::int64_t;
 
 constexpr int64_t chunk = wkv4_chunk;
-constexpr float nothing = -1e38f;  // an exponent: e to it is zero, and sums with it stay finite
 
 // Loads and stores `lanes` numbers, or the first few of them, of a tensor [tokens, channels].
 template <class Width>
@@ -98,12 +97,40 @@ Sums load_sums(const float* state, int64_t channels, int64_t j, Width width) {
   return {load(state + j, width), load(state + channels + j, width), {load(state + 2 * channels + j, width), vfloat{}}};
 }
 
+// The same sums with an exponent of one part.
+inline Sums rounded(const Sums& s) {
+  // e^low = 1 + low, as low is no more than a rounding of high; the sum itself would round low away
+  return {s.weighted + s.weighted * s.top.low, s.total + s.total * s.top.low, {s.top.high, vfloat{}}};
+}
+
 template <class Width>
 void store_sums(float* state, int64_t channels, int64_t j, const Sums& s, Width width) {
-  // e^low = 1 + low, as low is no more than a rounding of high; the sum itself would round low away
-  store(state + j, s.weighted + s.weighted * s.top.low, width);
-  store(state + channels + j, s.total + s.total * s.top.low, width);
-  store(state + 2 * channels + j, s.top.high, width);
+  const Sums r = rounded(s);
+  store(state + j, r.weighted, width);
+  store(state + channels + j, r.total, width);
+  store(state + 2 * channels + j, r.top.high, width);
+}
+
+// The average over what is in the sums and a token.
+inline vfloat average(const Sums& s, vfloat u, vfloat k, vfloat v) {
+  const Pair e = weigh(s, u, k);
+  return (e.x * s.weighted + e.y * v) / (e.x * s.total + e.y);
+}
+
+void advance(const Wkv4Piece& in, float* state, int64_t begin, int64_t end) {
+  const int64_t c = in.channels;
+  sweep(end - begin, [&](int64_t at, auto width) {
+    const int64_t j = begin + at;
+    const vfloat log_w = bounded(load(in.log_w + j, width)), u = load(in.u + j, width);
+    Sums s = load_sums(state, c, j, width);
+    for (int64_t t = 0; t < in.tokens; ++t) {
+      const vfloat k = load(in.k + t * c + j, width), v = load(in.v + t * c + j, width);
+      store(in.y + t * c + j, average(s, u, k, v), width);
+      advance(s, log_w, k, v);
+      s = rounded(s);
+    }
+    store_sums(state, c, j, s, width);
+  });
 }
 
 void forward(const Wkv4Shape& shape, const Wkv4Inputs& in, const Wkv4Results& out, int64_t row, int64_t channel) {
@@ -122,8 +149,7 @@ void forward(const Wkv4Shape& shape, const Wkv4Inputs& in, const Wkv4Results& ou
       if (out.checkpoints) store_sums(out.checkpoints + saved * 3 * c, c, j, s, width);
       for (int64_t t = first; t < stop; ++t) {
         const vfloat k = get(in.k, t * c + j, width), v = get(in.v, t * c + j, width);
-        const Pair e = weigh(s, u, k);
-        put(out.y, t * c + j, (e.x * s.weighted + e.y * v) / (e.x * s.total + e.y), width);
+        put(out.y, t * c + j, average(s, u, k, v), width);
         advance(s, log_w, k, v);
       }
       store_sums(last, c, j, s, width);
@@ -170,7 +196,7 @@ inline std::pair<vfloat, vfloat> backward_token(
 
 // The state of the backward pass between two chunks, of one vector of channels.
 struct Carried {
-  Adjoint adjoint{vfloat{}, vfloat{}, {splat(nothing), vfloat{}}};
+  Adjoint adjoint{vfloat{}, vfloat{}, {splat(wkv4_nothing), vfloat{}}};
   Parameters grad{};
 };
 
@@ -236,6 +262,6 @@ void backward(
 }  // namespace
 }  // namespace ROOKERY_ISA
 
-const Wkv4Kernels ROOKERY_ISA::wkv4{ROOKERY_ISA::forward, ROOKERY_ISA::backward};
+const Wkv4Kernels ROOKERY_ISA::wkv4{ROOKERY_ISA::advance, ROOKERY_ISA::forward, ROOKERY_ISA::backward};
 
 }  // namespace rookery

@@ -12,6 +12,8 @@ namespace rookery {
 constexpr std::int64_t wkv4_chunk = 32;
 // Channels of a task.
 constexpr std::int64_t wkv4_channels = 128;
+// The exponent before the first token: e to it is zero, and sums with it stay finite.
+constexpr float wkv4_nothing = -1e38f;
 
 // `rows` sequences: row i has the tokens starts[i] … starts[i + 1] − 1, of `channels` numbers each.
 struct Wkv4Shape {
@@ -40,9 +42,20 @@ struct Wkv4Grads {
   float* initial_state;  // that of `top` is 0
 };
 
+// Some tokens of one sequence in float32.
+struct Wkv4Piece {
+  std::int64_t tokens, channels;
+  const float *log_w, *u;  // [channels]
+  const float *k, *v;      // [tokens, channels]
+  float* y;
+};
+
 // Filled in by native/kernels/wkv4.cpp, once per instruction set. A call does wkv4_channels channels, or what is left
 // of them, of one row; `first` is the first of them.
 struct Wkv4Kernels {
+  // Channels begin … end − 1 of any number of tokens; `state` is [3, channels]. It is rounded to float32 after every
+  // token, so that it does not matter how tokens are cut into calls.
+  void (*advance)(const Wkv4Piece&, float* state, std::int64_t begin, std::int64_t end);
   void (*forward)(const Wkv4Shape&, const Wkv4Inputs&, const Wkv4Results&, std::int64_t row, std::int64_t first);
   void (*backward)(const Wkv4Shape&, const Wkv4Inputs&, const float* checkpoints, const Wkv4Grads&, std::int64_t row,
                    std::int64_t first);

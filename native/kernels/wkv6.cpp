@@ -44,6 +44,16 @@ Chunk make_chunk(const HeadShape& shape, const Wkv6Inputs& in, int64_t head, Pie
   return c;
 }
 
+void read_own(Chunk& c) {
+  for (int64_t t = 0; t < c.tokens; ++t) {
+    vfloat own{};
+    sweep(c.key, [&](int64_t j, auto part) {
+      own += load(c.r[t] + j, part) * load(c.u + j, part) * load(c.k[t] + j, part);
+    });
+    c.own[t] = sum(own);
+  }
+}
+
 void read_chunk(const HeadShape& shape, const Wkv6Inputs& in, int64_t head, int64_t first, int64_t end, Chunk& c) {
   const auto read = [&](const HeadTensor& x, int64_t channels, float* room) {
     return HeadRows{x, shape.heads, head, channels}.read(first, c.tokens, room);
@@ -58,21 +68,18 @@ void read_chunk(const HeadShape& shape, const Wkv6Inputs& in, int64_t head, int6
       for (int64_t j = 0; j < c.key; j += lanes) store(c.room_w + t * c.key + j, decay(load(log_w[t] + j)));
     c.w = {c.room_w, c.key};
   }
-  for (int64_t t = 0; t < c.tokens; ++t) {
-    vfloat own{};
-    for (int64_t j = 0; j < c.key; j += lanes) own += load(c.r[t] + j) * load(c.u + j) * load(c.k[t] + j);
-    c.own[t] = sum(own);
-  }
+  read_own(c);
 }
 
-// Moves `n` vectors of value rows through the chunk; `state` is their part of S, [key][value].
-template <int n>
-void forward_tile(const Chunk& c, float* state, int64_t row, Made out) {
+// Moves `n` vectors of value rows through the chunk, or one of which there is only a part; `state` is their part of S,
+// [key][value].
+template <int n, class Width = Whole>
+void forward_tile(const Chunk& c, float* state, int64_t row, Made out, Width width = {}) {
   for (int64_t t = 0; t < c.tokens; ++t) {
     const float *r = c.r[t], *w = c.w[t], *k = c.k[t];
     vfloat v[n], y[n];
     for (int m = 0; m < n; ++m) {
-      v[m] = load(c.v[t] + row + m * lanes);
+      v[m] = load(c.v[t] + row + m * lanes, width);
       y[m] = v[m] * c.own[t];
     }
     for (int64_t j = 0; j < c.key; ++j) {
@@ -80,19 +87,36 @@ void forward_tile(const Chunk& c, float* state, int64_t row, Made out) {
 #pragma GCC unroll 4
       for (int m = 0; m < n; ++m) {
         float* place = state + j * c.value + m * lanes;
-        const vfloat s = load(place);
+        const vfloat s = load(place, width);
         y[m] += s * rj;
-        store(place, s * wj + v[m] * kj);
+        store(place, s * wj + v[m] * kj, width);
       }
     }
-    for (int m = 0; m < n; ++m) store(out[t] + row + m * lanes, y[m]);
+    for (int m = 0; m < n; ++m) store(out[t] + row + m * lanes, y[m], width);
   }
 }
 
 void forward_chunk(const Chunk& c, float* state, Made out) {
   int64_t row = 0;
   for (; row + tile * lanes <= c.value; row += tile * lanes) forward_tile<tile>(c, state + row, row, out);
-  for (; row < c.value; row += lanes) forward_tile<1>(c, state + row, row, out);
+  for (; row + lanes <= c.value; row += lanes) forward_tile<1>(c, state + row, row, out);
+  if (row < c.value) forward_tile<1>(c, state + row, row, out, Part{static_cast<std::size_t>(c.value - row)});
+}
+
+void advance(const Wkv6Piece& in, float* state) {
+  float own[chunk];
+  Chunk c{0, in.key, in.value, in.u};
+  c.own = own;
+  for (int64_t first = 0; first < in.tokens; first += chunk) {
+    const auto from = [&](const float* x, int64_t stride) { return Given{x + first * stride, stride}; };
+    c.tokens = in.tokens - first < chunk ? in.tokens - first : chunk;
+    c.r = from(in.r, in.stride);
+    c.k = from(in.k, in.stride);
+    c.v = from(in.v, in.stride);
+    c.w = from(in.w, in.w_stride);
+    read_own(c);
+    forward_chunk(c, state, {in.y + first * in.stride, in.stride});
+  }
 }
 
 void forward(
@@ -262,6 +286,6 @@ void backward(
 }  // namespace
 }  // namespace ROOKERY_ISA
 
-const Wkv6Kernels ROOKERY_ISA::wkv6{ROOKERY_ISA::forward, ROOKERY_ISA::backward};
+const Wkv6Kernels ROOKERY_ISA::wkv6{ROOKERY_ISA::advance, ROOKERY_ISA::forward, ROOKERY_ISA::backward};
 
 }  // namespace rookery

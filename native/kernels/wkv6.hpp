@@ -33,8 +33,20 @@ struct Wkv6Grads {
   float* initial_state;
 };
 
+// Some tokens of one head in float32, `stride` floats from token to token; `w` is the decay itself.
+struct Wkv6Piece {
+  std::int64_t tokens, key, value, stride;
+  const float *r, *k, *v;
+  const float* w;
+  std::int64_t w_stride;  // 0: all tokens have the same
+  const float* u;         // [key]
+  float* y;
+};
+
 // Filled in by native/kernels/wkv6.cpp, once per instruction set. A call does one head of one row.
 struct Wkv6Kernels {
+  // Any number of tokens; `state` is [key, value], which here may be any numbers.
+  void (*advance)(const Wkv6Piece&, float* state);
   void (*forward)(const HeadShape&, const Wkv6Inputs&, const Wkv6Results&, std::int64_t row, std::int64_t head);
   void (*backward)(const HeadShape&, const Wkv6Inputs&, const float* checkpoints, const Wkv6Grads&, std::int64_t row,
                    std::int64_t head);

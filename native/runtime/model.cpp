@@ -1,7 +1,5 @@
 #include "runtime/model.hpp"
 
-#include <algorithm>
-
 #include "core/threads.hpp"
 
 namespace rookery {

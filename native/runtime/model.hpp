@@ -1,6 +1,8 @@
-// What all families share: a residual stream through blocks of a time mix, which each family defines, and a channel mix.
+// What all families share: a residual stream through blocks of a time mix, which each family defines, and a channel
+// mix.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <initializer_list>
@@ -19,6 +21,7 @@ struct Sizes {
   std::int64_t vocab, width, layers, hidden;
   std::int64_t wkv;  // floats of one block's recurrent state
   float layer_norm_eps;
+  std::int64_t rescale_every = 0;  // blocks after which the residual stream is halved; 0: never
 
   // Floats of a layer's state: the time mix's last input [width], the recurrent state, the channel mix's last input
   // [width]. Matrices lie as [head, key, value], value fastest: the kernels' order.
@@ -67,7 +70,9 @@ class Reader {
   Reader(Weights& given, std::int64_t channels) : weights(given), width(channels) {}
 
   // Names from here on are those after "blocks.<layer>.<part>.".
-  void enter(std::int64_t layer, const std::string& part) { at_ = "blocks." + std::to_string(layer) + "." + part + "."; }
+  void enter(std::int64_t layer, const std::string& part) {
+    at_ = "blocks." + std::to_string(layer) + "." + part + ".";
+  }
   void leave() { at_.clear(); }
 
   std::vector<float> vector(const std::string& name) const { return vector(name, width); }
@@ -100,6 +105,9 @@ class Model {
   void forward(
       std::span<const std::int32_t> tokens, std::span<const Segment> segments, std::span<const std::int32_t> wanted,
       float* logits, int threads) const;
+
+  // Makes `state` [Sizes::state()] that before the first token.
+  virtual void begin(float* state) const { std::fill_n(state, sizes.state(), 0.0f); }
 
   const Sizes sizes;
   const Isa isa;

@@ -27,6 +27,8 @@ void Pass::run(Workspace& memory) {
   for (std::size_t i = 0; i < static_cast<std::size_t>(sizes_.layers); ++i) {
     time_mix(i);
     channel_mix(i);
+    if (sizes_.rescale_every > 0 && (static_cast<int64_t>(i) + 1) % sizes_.rescale_every == 0)
+      std::for_each_n(x_, count_ * sizes_.width, [](float& x) { x *= 0.5f; });
   }
   head();
 }

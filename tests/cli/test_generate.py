@@ -3,8 +3,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from support.language import randomised
 
 from rookery.engine.llm import LLM
+from rookery.models import save_model
 
 TEXT = {"max_tokens": 30, "temperature": 0.0}
 FLAGS = ["--max-tokens", "30", "--temperature", "0"]
@@ -141,7 +144,10 @@ def test_what_cannot_be_is_said_in_one_line(generate, flags, message):
     assert err.count("\n") == 1
 
 
-def test_a_text_is_made_without_torch_and_other_slow_libraries(model_path):
+@pytest.mark.parametrize("family", ["rwkv4", "rwkv5", "rwkv6", "rwkv7"])
+def test_a_text_is_made_without_torch_and_other_slow_libraries(family, tmp_path):
+    model_path = str(tmp_path / "tiny.safetensors")
+    save_model(randomised(f"{family}-test", dtype=torch.float32, vocab_size=256), model_path)
     code = f"""
 import sys
 from rookery.cli.main import main

@@ -254,7 +254,9 @@ def test_settings_that_do_not_exist_are_refused(files, tmp_path):
     with pytest.raises(UnknownName, match="dtype 'int3' is not one of float32"):
         NativeRunner(path, dtype="int3")
     save_model(create_model("transformer-test"), tmp_path / "t.safetensors")
-    with pytest.raises(BackendUnavailable, match="runs rwkv7, .* is a model of the family transformer"):
+    with pytest.raises(
+        BackendUnavailable, match="runs rwkv4, rwkv5, rwkv6, rwkv7, .* is a model of the family transformer"
+    ):
         NativeRunner(tmp_path / "t.safetensors")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -12,12 +13,12 @@ import numpy as np
 from rookery.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from rookery.engine.runners.protocol import Wanted
 from rookery.errors import BackendUnavailable, BadState, UnknownName
-from rookery.families.rwkv7 import RWKV7Config
+from rookery.families.base import Recurrent
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16, "float16": np.dtype(np.float16)}
 """Types of weights that the runtime computes with; the arithmetic is float32 for all of them."""
-FAMILIES = ("rwkv7",)
+FAMILIES = ("rwkv4", "rwkv5", "rwkv6", "rwkv7")
 """Families that the runtime knows."""
 
 SMALL = 64 << 20
@@ -27,7 +28,7 @@ SMALL = 64 << 20
 class NativeRowState:
     """One sequence's state: all its numbers in one float32 array, in the runtime's order."""
 
-    def __init__(self, config: RWKV7Config, numbers: np.ndarray, tokens_seen: int = 0) -> None:
+    def __init__(self, config: Recurrent, numbers: np.ndarray, tokens_seen: int = 0) -> None:
         self.config, self.numbers, self.tokens_seen = config, numbers, tokens_seen
 
     @property
@@ -48,12 +49,11 @@ class NativeRowState:
 
     def views(self) -> dict[str, np.ndarray]:
         """The tensors by name without the first axis; writing to them changes the state."""
-        config, named = self.config, {}
-        width, heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
-        for i, layer in enumerate(self.numbers.reshape(config.num_hidden_layers, -1)):
-            matrices = layer[width:-width].reshape(heads, head_dim, head_dim)
+        width, named = self.config.hidden_size, {}
+        for i, layer in enumerate(self.numbers.reshape(self.config.num_hidden_layers, -1)):
+            wkv = layer[width:-width].reshape(self.config.wkv_shape)
             named[f"layers.{i}.att_shift"] = layer[:width]
-            named[f"layers.{i}.wkv"] = matrices.swapaxes(1, 2)  # the kernels keep [key, value]
+            named[f"layers.{i}.wkv"] = wkv if wkv.ndim == 2 else wkv.swapaxes(1, 2)  # the kernels keep [key, value]
             named[f"layers.{i}.ffn_shift"] = layer[-width:]
         return named
 
@@ -91,12 +91,17 @@ class NativeRunner:
                 f"the compiled runtime runs {', '.join(FAMILIES)}, {checkpoint.path!r} is a model of the family "
                 f'{checkpoint.family.name}; run it with torch (device="cpu")'
             )
+        if checkpoint.family.name == "rwkv7" and checkpoint.config.head_dim % 16:
+            raise BackendUnavailable(
+                f"{checkpoint.path!r} has heads of {checkpoint.config.head_dim} channels, the compiled runtime runs "
+                'RWKV-7 whose heads are a multiple of 16; run it with torch (device="cpu")'
+            )
         if dtype is not None and dtype not in DTYPES:
             raise UnknownName(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
         if isa is not None and isa not in _native.available_isas():
             raise UnknownName(f"isa {isa!r} is not one of this machine's: {', '.join(_native.available_isas())}")
         self.family = checkpoint.family.name
-        self.config: RWKV7Config = checkpoint.config
+        self.config: Any = checkpoint.config
         self._fingerprint = checkpoint.fingerprint
         wanted = DTYPES[dtype] if dtype else None
         tensors = {name: _usable(checkpoint[name], wanted) for name in checkpoint}
@@ -116,8 +121,8 @@ class NativeRunner:
     def init_state(self, tensors: Mapping[str, np.ndarray] | None = None) -> NativeRowState:
         """The state before the first token, or the one that `RowState.tensors` gave; BadState where it does not fit."""
         state = NativeRowState(self.config, _aligned(self._model.state_size))
-        state.numbers[:] = 0
         if tensors is None:
+            self._model.begin(state.numbers)
             return state
         views = state.views()
         if tensors.keys() != {*views, "tokens_seen"}:
