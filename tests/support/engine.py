@@ -1,10 +1,12 @@
 """What engine tests need: a runner that says what it is told to, and pieces of text as tokens."""
 
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
 
 from rookery.engine.llm import LLM
+from rookery.engine.runners.protocol import check_rows, select
 from rookery.tokenizers.base import StreamDecoder
 
 
@@ -75,6 +77,30 @@ class Scripted:
             row = np.full(self.config.vocab_size, -50, np.float32)
             row[self.script[len(state.tokens)] if len(state.tokens) < len(self.script) else 0] = 50
             rows.append(row)
+        asked = {"none": 0, "last": 1, "all": len(rows)}[logits]
+        return np.stack(rows)[len(rows) - asked :] if asked else np.empty((0, self.config.vocab_size), np.float32)
+
+    def forward_rows(self, rows, states, logits):
+        check_rows(rows, states, logits)
+        return [self.forward(*row) for row in zip(rows, states, logits)]
+
+    def select(self, states, rows):
+        return select(states, rows)
+
+
+class Remembering(Scripted):
+    """Logits are a function of all tokens read, each as good as any other's; no two texts have the same."""
+
+    def __init__(self, vocab_size=32):
+        super().__init__([], vocab_size)
+
+    def forward(self, tokens, state, logits="last"):
+        self.calls.append(len(tokens))
+        rows = []
+        for token in tokens:
+            state.tokens.append(token)
+            seed = zlib.crc32(np.array(state.tokens).tobytes())
+            rows.append(np.random.default_rng(seed).standard_normal(self.config.vocab_size, np.float32))
         asked = {"none": 0, "last": 1, "all": len(rows)}[logits]
         return np.stack(rows)[len(rows) - asked :] if asked else np.empty((0, self.config.vocab_size), np.float32)
 

@@ -18,6 +18,7 @@ from rookery.errors import BackendUnavailable, BadCheckpoint, MissingDependency,
 if TYPE_CHECKING:
     from rookery.checkpoints.checkpoint import Checkpoint
     from rookery.engine.runners.protocol import RowState, Runner
+    from rookery.engine.state_cache import StateCache
     from rookery.tokenizers import Tokenizer
     from rookery.tokenizers.chat import ChatTemplate
 
@@ -93,6 +94,8 @@ class LLM:
         """What runs the model; its `config` says the sizes."""
         self.path = Path(checkpoint.path) if checkpoint else None
         """The model's file or folder, if it came from one."""
+        self.cache: StateCache | None = None
+        """Set one, and prompts are not read twice: `llm.cache = StateCache(1 << 30)`."""
         self._metadata = checkpoint.metadata if checkpoint else {}
         self._start = _start(checkpoint, runner) if checkpoint else None
         self._tokenizer, self._template = tokenizer, template
@@ -123,29 +126,56 @@ class LLM:
 
     def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
         max_tokens: int = 256,
         *,
         temperature: float = 1.0,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         ignore_eos: bool = False,
         stop: str | Sequence[str] = (),
         bos: bool = False,
         **sampling: Any,
-    ) -> str:
+    ) -> Any:
         """The text that follows `prompt` (text or token ids); the options are those of `Session.stream`.
 
-        `bos` begins with token 0, which some models expect at the start of a text.
+        A list of prompts gives a list of texts, made side by side: the weights are read once for all of them, and what
+        prompts have in common is read once. Each text is that of its prompt alone with the same seed; `seed` may be a
+        list, too. `bos` begins with token 0, which some models expect at the start of a text.
         """
-        options = {"temperature": temperature, "seed": seed, "ignore_eos": ignore_eos, "stop": stop} | sampling
-        return "".join(self.stream(prompt, max_tokens, bos=bos, **options))
+        options = {"temperature": temperature, "ignore_eos": ignore_eos, "stop": stop} | sampling
+        if _is_list(prompt):
+            return self._generate_all(prompt, max_tokens, seed, bos, options)
+        return "".join(self.stream(prompt, max_tokens, bos=bos, seed=seed, **options))
+
+    def _generate_all(
+        self, prompts: Sequence, max_tokens: int, seed: int | Sequence[int] | None, bos: bool, options: dict[str, Any]
+    ) -> list[str]:
+        from rookery.engine.scheduler import Scheduler
+        from rookery.engine.state_cache import StateCache
+
+        seeds = [seed] * len(prompts) if seed is None or isinstance(seed, int) else list(seed)
+        if len(seeds) != len(prompts):
+            raise ValueError(f"there are {len(seeds)} seeds for {len(prompts)} prompts; give one, or one for each")
+        scheduler = Scheduler(self, cache=self.cache or StateCache())
+        start = [END_OF_TEXT] if bos else []
+        texts = [
+            scheduler.submit(start + self.tokens_of(prompt), max_tokens, seed=seed, **options)
+            for prompt, seed in zip(prompts, seeds)
+        ]
+        return [text.text() for text in texts]
 
     def stream(
         self, prompt: str | Sequence[int], max_tokens: int = 256, *, bos: bool = False, **options: Any
     ) -> Iterator[str]:
         """As `generate`, piece by piece; each piece is made of whole characters."""
-        session = self.session()
-        session.feed([END_OF_TEXT, *self.tokens_of(prompt)] if bos else prompt)
+        tokens = [*([END_OF_TEXT] if bos else []), *self.tokens_of(prompt)]
+        if self.cache is None:
+            session = self.session()
+            session.feed(tokens)
+        else:
+            from rookery.engine.state_cache import read_prompt
+
+            session = read_prompt(self, tokens, self.cache)
         pieces = session.stream(max_tokens, **options)
 
         def text() -> Iterator[str]:
@@ -187,6 +217,11 @@ class LLM:
             if not 0 <= token < vocab_size:
                 raise ValueError(f"{source} token {token}, the model knows 0 to {vocab_size - 1}")
         return ids
+
+
+def _is_list(prompt: Any) -> bool:
+    """True for several prompts: a list of texts, or of lists of token ids."""
+    return not isinstance(prompt, str) and len(prompt) > 0 and not hasattr(prompt[0], "__index__")
 
 
 def model_path(path: str | os.PathLike[str] | None) -> str | os.PathLike[str]:

@@ -9,15 +9,15 @@ public method counts it as read.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from rookery.checkpoints.state_file import SESSION_PREFIX, write_state
+from rookery.checkpoints.state_file import SESSION_PREFIX, read_state, write_state
 from rookery.checkpoints.tuned_state import start_arrays
-from rookery.engine.runners.protocol import RowState
+from rookery.engine.runners.protocol import RowState, Runner
 from rookery.engine.sampling import Sampler, Sampling
 from rookery.engine.text import StopStrings
 
@@ -53,6 +53,45 @@ class Position:
     def copy(self) -> Position:
         """An independent copy; logits are never written to and may be shared."""
         return replace(self, state=self.state.copy())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What was asked for: how a text goes on and where it ends."""
+
+    max_tokens: int
+    sampling: Sampling
+    seed: int
+    ends: frozenset[int]
+    """Tokens that end the text."""
+    stop: tuple[str, ...] | None = None
+    """Strings that end the text; None for a stream of token ids, which needs no tokenizer."""
+
+    @classmethod
+    def of(
+        cls,
+        llm: LLM,
+        max_tokens: int = 256,
+        temperature: float = 1.0,
+        seed: int | None = None,
+        ignore_eos: bool = False,
+        *,
+        stop: tuple[str, ...] | None = None,
+        **sampling: Any,
+    ) -> Self:
+        """The options of `Session.stream`, checked; a seed is chosen where none is given."""
+        if max_tokens < 0:
+            raise ValueError(f"max_tokens must be 0 or more, got {max_tokens}")
+        how = Sampling(temperature=temperature, **sampling)
+        llm.tokens_of(how.banned)
+        StopStrings(stop or ())
+        return cls(
+            max_tokens=max_tokens,
+            sampling=how,
+            seed=int.from_bytes(os.urandom(8), "little") if seed is None else seed,
+            ends=frozenset() if ignore_eos else frozenset({END_OF_TEXT}),
+            stop=stop,
+        )
 
 
 class Session:
@@ -98,9 +137,8 @@ class Session:
         at the same position draws the same numbers, so a text cut into several calls, or saved and loaded, goes on as
         if it had not been; None draws anew. ValueError where there is nothing to go on from.
         """
-        tokens = self._token_stream(max_tokens, temperature, seed, ignore_eos, sampling)
-        self._stream = TextStream(tokens, StopStrings(stop))
-        return self._stream
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        return self.open(Order.of(self.llm, max_tokens, temperature, seed, ignore_eos, stop=stops, **sampling))
 
     def stream_tokens(
         self,
@@ -111,8 +149,7 @@ class Session:
         **sampling: Any,
     ) -> TokenStream:
         """As `stream`, but over token ids: needs no tokenizer and knows no stop strings."""
-        self._stream = self._token_stream(max_tokens, temperature, seed, ignore_eos, sampling)
-        return self._stream
+        return self.open(Order.of(self.llm, max_tokens, temperature, seed, ignore_eos, **sampling))
 
     def generate(self, max_tokens: int = 256, **options: Any) -> str:
         """The pieces of `stream` in one string; the options are the same."""
@@ -162,11 +199,7 @@ class Session:
         """
         at = self._shown()
         self._read(at)
-        extra = {"recent": np.array(at.recent, np.int64)}
-        if at.logits is not None:
-            extra["logits"] = at.logits[None]
-        tensors = at.state.tensors() | {SESSION_PREFIX + name: array for name, array in extra.items()}
-        write_state(path, tensors, model=self.llm.runner.fingerprint())
+        write_position(path, at, self.llm.runner)
 
     @classmethod
     def load(cls, llm: LLM, path: str | os.PathLike[str]) -> Self:
@@ -179,30 +212,19 @@ class Session:
             config=runner.config,
             model=runner.fingerprint(),
         )
-        extra = {name: arrays.pop(name) for name in list(arrays) if name.startswith(SESSION_PREFIX)}
-        logits = extra.get(SESSION_PREFIX + "logits")
-        recent = extra.get(SESSION_PREFIX + "recent", np.empty(0, np.int64))
-        state = llm.runner.init_state(arrays)
-        return cls(llm, Position(state, None if logits is None else logits[0], recent=tuple(recent.tolist())))
+        return cls(llm, position_of(arrays, runner)[0])
 
-    def _token_stream(
-        self, max_tokens: int, temperature: float, seed: int | None, ignore_eos: bool, sampling: dict[str, Any]
-    ) -> TokenStream:
-        if max_tokens < 0:
-            raise ValueError(f"max_tokens must be 0 or more, got {max_tokens}")
-        how = Sampling(temperature=temperature, **sampling)
-        self.llm.tokens_of(how.banned)
+    def open(self, order: Order) -> TextStream | TokenStream:
+        """The stream that `order` asks for; over token ids where its `stop` is None. Nothing is read or sampled yet."""
         self._end_stream()
-        self._read(self._at)
-        if self._at.logits is None:
+        if self._at.logits is None and not self._at.unread:
             raise ValueError(
                 "there is nothing to go on from: feed a prompt first, or token 0 (bos=True, --bos) for a text from "
                 "nowhere"
             )
-        seed = int.from_bytes(os.urandom(8), "little") if seed is None else seed
-        pieces = self.llm.tokenizer.token_bytes if how.penalises else None
-        sampler = Sampler(how, seed, pieces, step=self._at.state.tokens_seen)
-        return TokenStream(self, sampler, max_tokens, frozenset() if ignore_eos else frozenset({END_OF_TEXT}))
+        tokens = TokenStream(self, order)
+        self._stream = tokens if order.stop is None else TextStream(tokens, StopStrings(order.stop))
+        return self._stream
 
     def _end_stream(self) -> None:
         """Ends an open stream; what it sampled and did not show is taken back."""
@@ -227,32 +249,68 @@ class Session:
         at.logits = logits[-1]
 
 
+def write_position(
+    path: str | os.PathLike[str], at: Position, runner: Runner, extra: Mapping[str, np.ndarray] | None = None
+) -> None:
+    """Writes a session's file; `extra` are more arrays to keep beside the state. Nothing of `at` may be unread."""
+    kept = {"recent": np.array(at.recent, np.int64)} | dict(extra or {})
+    if at.logits is not None:
+        kept["logits"] = at.logits[None]
+    tensors = at.state.tensors() | {SESSION_PREFIX + name: array for name, array in kept.items()}
+    write_state(path, tensors, model=runner.fingerprint())
+
+
+def read_position(path: str | os.PathLike[str], runner: Runner) -> tuple[Position, dict[str, np.ndarray]]:
+    """What `write_position` wrote, and the arrays beside it by name; BadState where it is damaged or another's."""
+    return position_of(read_state(path, model=runner.fingerprint()), runner)
+
+
+def position_of(arrays: dict[str, np.ndarray], runner: Runner) -> tuple[Position, dict[str, np.ndarray]]:
+    """A session's place from the arrays of its file, and those that are kept beside the state."""
+    extra = {n.removeprefix(SESSION_PREFIX): arrays.pop(n) for n in list(arrays) if n.startswith(SESSION_PREFIX)}
+    logits, recent = extra.get("logits"), extra.get("recent", np.empty(0, np.int64))
+    state = runner.init_state(arrays)
+    return Position(state, None if logits is None else logits[0], recent=tuple(recent.tolist())), extra
+
+
 class TokenStream:
     """Tokens one after the other, as they are sampled."""
 
-    def __init__(self, session: Session, sampler: Sampler, max_tokens: int, ends: frozenset[int]) -> None:
-        self.session = session
-        self.seed = sampler.seed
+    def __init__(self, session: Session, order: Order) -> None:
+        self.session, self.order = session, order
+        self.seed = order.seed
         """Gives the same tokens again from the same position."""
         self.tokens: list[int] = []
         """The tokens so far, without the one that ended the text."""
         self.finish_reason: str | None = None
         """None while open, then "length", "end" (token 0), "stop" (a stop string) or "closed"."""
-        self._sampler, self._max_tokens, self._ends = sampler, max_tokens, ends
+        at, pieces = session._at, session.llm.tokenizer.token_bytes if order.sampling.penalises else None
+        self._sampler = Sampler(order.sampling, order.seed, pieces, step=at.state.tokens_seen + len(at.unread))
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> int:
-        if self.finish_reason is None and len(self.tokens) >= self._max_tokens:
+        if (token := self.advance()) is None:
+            raise StopIteration
+        return token
+
+    @property
+    def full(self) -> bool:
+        """True if no token may come any more: the next step ends the stream without the model."""
+        return self.finish_reason is None and len(self.tokens) >= self.order.max_tokens
+
+    def advance(self) -> int | None:
+        """The next token; None at the end."""
+        if self.full:
             self.finish_reason = "length"
         if self.finish_reason is not None:
-            raise StopIteration
+            return None
         self.session._read(self.session._at)
         token = self._sampler.next(self.session._at.logits)
-        if token in self._ends:
+        if token in self.order.ends:
             self.finish_reason = "end"
-            raise StopIteration
+            return None
         self._sampler.accept(token)
         self.tokens.append(token)
         self.session._at.add([token])
@@ -300,7 +358,7 @@ class TextStream:
 
     def __next__(self) -> str:
         while self.finish_reason is None:
-            if piece := self._advance():
+            if piece := self.advance():
                 return piece
         raise StopIteration
 
@@ -322,7 +380,12 @@ class TextStream:
         """U+FFFD where the text so far ends inside a character, which a later stream may finish; else nothing."""
         return self._decoder.copy().finish()
 
-    def _advance(self) -> str:
+    @property
+    def full(self) -> bool:
+        """True if no token may come any more: the next step ends the stream without the model."""
+        return self._source.full
+
+    def advance(self) -> str:
         """Samples one token; the text that may be shown now."""
         clean = not self._decoder.pending
         token = next(self._source, None)

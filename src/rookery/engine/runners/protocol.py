@@ -45,3 +45,37 @@ class Runner(Protocol):
 
     def forward(self, tokens: Sequence[int], state: RowState, logits: Wanted = "last") -> np.ndarray:
         """Reads tokens, advancing `state`; float32 logits [n, vocab], n = 0, 1 or all. The array is the caller's."""
+
+    def forward_rows(
+        self, rows: Sequence[Sequence[int]], states: Sequence[RowState], logits: Sequence[Wanted]
+    ) -> list[np.ndarray]:
+        """As `forward` for several rows at once, each of one token or more and with a state of its own.
+
+        Weights are read once for all of them, so that continuing some rows beside a piece of another's prompt costs
+        little more than either.
+        """
+
+    def select(self, states: Sequence[RowState], rows: Sequence[int]) -> list[RowState]:
+        """States by index, in any order and number: what beam search keeps. The given ones are used up."""
+
+
+def check_rows(rows: Sequence[Sequence[int]], states: Sequence[RowState], logits: Sequence[Wanted]) -> None:
+    """ValueError unless every row of a batch has its own state and says which logits it wants."""
+    if not len(rows) == len(states) == len(logits):
+        raise ValueError(
+            f"{len(rows)} rows for {len(states)} states and {len(logits)} wishes; give one of each for each"
+        )
+    if len({id(state) for state in states}) < len(states):
+        raise ValueError("a state is in the batch twice; copy it first")
+    if not all(map(len, rows)):
+        raise ValueError("a row of the batch has no tokens; leave it out")
+
+
+def select(states: Sequence[RowState], rows: Sequence[int]) -> list[RowState]:
+    """States by index; the first that asks for one gets it, later ones a copy."""
+    taken: set[int] = set()
+    chosen = []
+    for row in rows:
+        chosen.append(states[row].copy() if row in taken else states[row])
+        taken.add(row)
+    return chosen

@@ -9,27 +9,42 @@ import numpy as np
 import torch
 
 from rookery.checkpoints.checkpoint import Checkpoint
-from rookery.engine.runners.protocol import Wanted
+from rookery.engine.runners.protocol import Wanted, check_rows, select
 from rookery.nn.language_model import LanguageModel
-from rookery.state import State
+from rookery.state import State, cat
 
 
 class TorchRowState:
-    """One row of a model's state. Models never change a state that they are given, so a copy shares the tensors."""
+    """One row of a model's state. Models never change a state that they are given, so a copy shares the tensors.
 
-    def __init__(self, state: State) -> None:
-        self.state = state
+    Rows that go on together stay in the batch that they were computed in: nothing is joined or taken apart while the
+    same rows are called again.
+    """
+
+    def __init__(self, batch: State, row: int = 0) -> None:
+        self.batch, self.row = batch, row
+
+    @property
+    def state(self) -> State:
+        """The row by itself."""
+        if self.batch.batch > 1:
+            self.batch, self.row = self.batch.select([self.row]), 0
+        return self.batch
+
+    @state.setter
+    def state(self, state: State) -> None:
+        self.batch, self.row = state, 0
 
     @property
     def tokens_seen(self) -> int:
-        return int(self.state.tokens_seen[0])
+        return int(self.batch.tokens_seen[self.row])
 
     @property
     def nbytes(self) -> int:
-        return self.state.nbytes
+        return self.batch.nbytes // self.batch.batch
 
     def copy(self) -> TorchRowState:
-        return TorchRowState(self.state)
+        return TorchRowState(self.state)  # by itself: what is kept must not keep a whole batch
 
     def tensors(self) -> dict[str, np.ndarray]:
         return self.state.arrays()
@@ -77,3 +92,46 @@ class TorchRunner:
         if not asked:
             return np.empty((0, self.config.vocab_size), np.float32)
         return self.model.head(features[:, -asked:])[0].float().cpu().numpy()
+
+    @torch.inference_mode()
+    def forward_rows(
+        self, rows: Sequence[Sequence[int]], states: Sequence[TorchRowState], logits: Sequence[Wanted]
+    ) -> list[np.ndarray]:
+        """As `forward` for several rows at once: as a batch where they are of equal length, else packed."""
+        if not rows:
+            return []
+        check_rows(rows, states, logits)
+        batch = _together(states)
+        device, lengths = batch.tokens_seen.device, [len(row) for row in rows]
+        if len({*lengths}) == 1:
+            tokens = torch.tensor([list(row) for row in rows], dtype=torch.int64, device=device)
+            features, batch = self.model.features(tokens, batch, None)
+        else:
+            tokens = torch.tensor([[token for row in rows for token in row]], dtype=torch.int64, device=device)
+            ends = torch.tensor([0, *lengths], dtype=torch.int64, device=device).cumsum(0)
+            features, batch = self.model.features(tokens, batch, ends)
+        for i, state in enumerate(states):
+            state.batch, state.row = batch, i
+        features = features.flatten(0, 1)
+        asked = [{"none": 0, "last": 1, "all": n}[how] for n, how in zip(lengths, logits)]
+        places = [end - n + i for end, n in zip(np.cumsum(lengths).tolist(), asked) for i in range(n)]
+        if not places:
+            return [np.empty((0, self.config.vocab_size), np.float32) for _ in rows]
+        together = self.model.head(features[None, places])[0].float().cpu().numpy()
+        return np.split(together, np.cumsum(asked)[:-1])
+
+    def select(self, states: Sequence[TorchRowState], rows: Sequence[int]) -> list[TorchRowState]:
+        """States by index, in any order and number: one `State.select` where the rows are those of one batch."""
+        if len({id(state.batch) for state in states}) > 1:
+            return select(states, rows)
+        batch = states[0].batch.select([states[row].row for row in rows])
+        return [TorchRowState(batch, i) for i in range(len(rows))]
+
+
+def _together(states: Sequence[TorchRowState]) -> State:
+    """One state with a row for each of these: the batch that they are the rows of, or a new one."""
+    batch = states[0].batch
+    if all(state.batch is batch for state in states):
+        rows = [state.row for state in states]
+        return batch if rows == list(range(batch.batch)) else batch.select(rows)
+    return cat([state.state for state in states])
