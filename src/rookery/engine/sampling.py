@@ -73,9 +73,12 @@ class Sampler:
         self._token_bytes = token_bytes
         self._occurred = self._counts = None  # made at the first occurrence, where penalties are asked for
 
-    def next(self, logits: np.ndarray) -> int:
-        """The next token for float32 logits [vocab], which are left unchanged. `accept` it to make it count."""
-        number = uniform(self.seed, self.step)
+    def next(self, logits: np.ndarray, number: float | None = None) -> int:
+        """The next token for float32 logits [vocab], which are left unchanged. `accept` it to make it count.
+
+        `number` in [0, 1) takes the place of the seed's.
+        """
+        number = uniform(self.seed, self.step) if number is None else number
         self.step += 1
         logits = self._adjusted(logits)
         if self.sampling.temperature == 0:
