@@ -49,6 +49,6 @@ $(VENV)/.built: $(BIN)/python pyproject.toml constraints.txt $(NATIVE)
 
 $(VENV)/.tested-tools: $(VENV)/.built
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[$(EXTRAS)]" \
-		pytest pytest-xdist hypothesis ruff import-linter mkdocs-material \
+		pytest pytest-xdist hypothesis ruff import-linter mkdocs-material matplotlib \
 		"triton; platform_system == 'Linux' and platform_machine == 'x86_64'"
 	@touch $@

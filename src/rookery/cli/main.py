@@ -15,6 +15,7 @@ VERBS = {
     "chat": "talk to a model that was trained to",
     "train": "train a model from a recipe, or go on where it stopped",
     "recipes": "list the named training runs",
+    "reproduce": "try a paper's claim on this machine",
     "convert": "turn a model file into another format",
     "merge": "put an adapter into the model that it was trained on",
     "inspect": "say what a model file is",

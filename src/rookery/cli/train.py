@@ -23,10 +23,14 @@ SPIN = "5000"
 awake for milliseconds and takes the core from the threads of our kernels, which run next, or from another program."""
 
 
-def run(given: argparse.Namespace) -> int:
+def before_torch() -> None:
+    """Lets OpenMP's threads sleep early, unless the user has said how long they shall wait."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN)  # read when torch is first imported
 
+
+def run(given: argparse.Namespace) -> int:
+    before_torch()
     from rookery.recipes import recipe
     from rookery.train.config import describe, overlay, parse_settings, read_toml
 

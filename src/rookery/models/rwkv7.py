@@ -21,6 +21,9 @@ from rookery.ops.wkv7_output import wkv7_output
 class TimeMix(nn.Module):
     """Reads and writes the matrix state (eq. 3-21). Shapes of the parameters are the official ones."""
 
+    removal = 1.0
+    """Factor of what is removed from the state: 2, in a subclass, lets the transition reach the eigenvalue −1."""
+
     def __init__(self, config: RWKV7Config, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
@@ -67,6 +70,8 @@ class TimeMix(nn.Module):
             k_a=self.k_a.flatten(),
             head_dim=head_dim,
         )
+        if self.removal != 1.0:
+            b = b * self.removal
         r, v = r.unflatten(-1, (-1, head_dim)), v.unflatten(-1, (-1, head_dim))
         y, wkv = wkv7(r=r, log_w=log_w, k=k, v=v, a=a, b=b, state=wkv, cu_seqlens=cu_seqlens)
         norm = self.ln_x

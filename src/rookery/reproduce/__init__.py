@@ -1,0 +1,28 @@
+"""Claims of papers, tried at the size of one machine. `REPRODUCTIONS` is what `rookery reproduce NAME` knows.
+
+A reproduction is a file here that defines `REPRODUCTION`; see `rookery.reproduce.base`. Listing them imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from rookery.errors import unknown
+
+if TYPE_CHECKING:
+    from rookery.reproduce.base import Reproduction
+
+REPRODUCTIONS: dict[str, str] = {
+    "rwkv-families": "RWKV-7 against 6, 5, 4 and a GPT of the same size on the same text",
+    "state-tracking": "products of permutations (S5) across the families, with the stock and the wide eigenvalues",
+    "recall": "associative recall across the families",
+}
+"""Name -> what is compared; the file of the same name, with underscores, defines REPRODUCTION."""
+
+
+def reproduction(name: str) -> Reproduction:
+    """The reproduction of that name."""
+    if name not in REPRODUCTIONS:
+        raise unknown("reproduction", name, REPRODUCTIONS, "`rookery reproduce --list`")
+    return importlib.import_module(f"rookery.reproduce.{name.replace('-', '_')}").REPRODUCTION
