@@ -17,6 +17,10 @@ SHARED_MEMORY = 232448
 CALLS = [
     *[(op, contract.cases_of(op).CASES[0]) for op in ("relu_squared", "token_shift", "wkv7_inputs", "wkv7_output")],
     ("token_shift", ShiftCase(batch=1, time=9, lengths=(4, 5))),
+    *[("wkv4", contract.cases_of("wkv4").CASES[number]) for number in (0, 12)],
+    *[(op, contract.cases_of("wkv6").Case(key=64, value=64)) for op in ("wkv5", "wkv6")],
+    *[("wkv6", contract.cases_of("wkv6").Case(key=128, value=128))],
+    *[("wkv6", contract.cases_of("wkv6").CASES[number]) for number in (13,)],
     ("wkv7", Wkv7Case(key=64, value=64)),
     ("wkv7", Wkv7Case(batch=1, time=40, heads=1, key=16, value=64, lengths=(0, 33, 7))),
 ]
@@ -67,7 +71,8 @@ def test_chunks_of_wkv7_are_multiplied_by_tensor_cores(compiled):
     assert all("wgmma.mma_async" in kernel.asm["ptx"] for kernel in compiled.values())
 
 
-def test_one_token_of_wkv7_compiles(compiled):
-    call = contract.arguments_of("wkv7", Wkv7Case(time=1, key=64, value=64), torch.bfloat16)
-    contract.op_named("wkv7").backends["triton"].run(**call)
+@pytest.mark.parametrize("op", ["wkv6", "wkv7"])
+def test_one_token_compiles(op, compiled):
+    call = contract.arguments_of(op, contract.cases_of(op).Case(time=1, key=64, value=64), torch.bfloat16)
+    contract.op_named(op).backends["triton"].run(**call)
     assert list(compiled) == ["step"]

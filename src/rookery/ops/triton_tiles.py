@@ -54,3 +54,30 @@ def numbers(block, count, BLOCK: tl.constexpr):
 def rows(index, inside, columns, SIZE: tl.constexpr):
     """Where `columns` of those rows `index` (int64) of a tensor [..., SIZE] lie that are `inside`."""
     return 0, index[:, None] * SIZE + columns[None, :], inside[:, None] & (columns < SIZE)[None, :]
+
+
+@triton.jit
+def chunk_bounds(slot, table, time, CHUNK: tl.constexpr, PACKED: tl.constexpr):
+    """First token of a chunk and the end of what it may read, counted over the whole batch."""
+    if PACKED:
+        first = tl.load(table + 2 * slot)
+        last = tl.load(table + 2 * slot + 1)
+    else:
+        per_row = tl.cdiv(time, CHUNK)
+        row = (slot // per_row).to(tl.int64)
+        first = row * time + (slot % per_row) * CHUNK
+        last = tl.minimum(first + CHUNK, (row + 1) * time)
+    return first, last
+
+
+@triton.jit
+def dot(x, y, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    return tl.dot(x.to(DTYPE), y.to(DTYPE), input_precision=PRECISION)
+
+
+@triton.jit
+def triangle(x, CHUNK: tl.constexpr, DIAGONAL: tl.constexpr):
+    """The part below the diagonal, or with it."""
+    rows = tl.arange(0, CHUNK)
+    keep = rows[:, None] >= rows[None, :] if DIAGONAL else rows[:, None] > rows[None, :]
+    return tl.where(keep, x, 0.0)

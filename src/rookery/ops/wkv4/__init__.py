@@ -11,9 +11,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rookery.ops.dispatch import Backend, Op
-from rookery.ops.wkv4 import native, reference
+from rookery.ops.wkv4 import native, reference, triton
 
-OP = Op("wkv4", [Backend("native", native.wkv4, native.why_not), Backend("reference", reference.wkv4)])
+OP = Op(
+    "wkv4",
+    [
+        Backend("native", native.wkv4, native.why_not),
+        Backend("triton", triton.wkv4, triton.why_not),
+        Backend("reference", reference.wkv4),
+    ],
+)
 NOTHING_YET = -1e38
 """`top` before the first token: e to it is zero, and sums with it stay finite in float32."""
 

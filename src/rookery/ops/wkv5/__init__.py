@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rookery.ops.dispatch import Backend, Op
-from rookery.ops.wkv6 import chunked, native, reference
+from rookery.ops.wkv6 import chunked, native, reference, triton
 
 
 def _expanded(run: Callable) -> Callable:
@@ -23,6 +23,7 @@ OP = Op(
     "wkv5",
     [
         Backend("native", native.wkv6, native.why_not),
+        Backend("triton", _expanded(triton.wkv6), triton.why_not),
         Backend("chunked", _expanded(chunked.wkv6)),
         Backend("reference", _expanded(reference.wkv6)),
     ],

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from rookery.ops.wkv6.cases import BENCHMARKS, CASES, Case, arguments
+from rookery.ops.wkv6.cases import BENCHMARKS, BUDGET, CASES, Case, arguments
 
-__all__ = ["BENCHMARKS", "CASES", "Case", "make"]
+__all__ = ["BENCHMARKS", "BUDGET", "CASES", "Case", "make"]
 
 
 def make(case: Case, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:

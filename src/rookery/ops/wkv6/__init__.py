@@ -8,12 +8,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rookery.ops.dispatch import Backend, Op
-from rookery.ops.wkv6 import chunked, native, reference
+from rookery.ops.wkv6 import chunked, native, reference, triton
 
 OP = Op(
     "wkv6",
     [
         Backend("native", native.wkv6, native.why_not),
+        Backend("triton", triton.wkv6, triton.why_not),
         Backend("chunked", chunked.wkv6),
         Backend("reference", reference.wkv6),
     ],

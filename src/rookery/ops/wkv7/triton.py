@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from rookery.ops.dispatch import triton_why_not
+from rookery.ops.triton import check_documents, chunk_table
 
 LARGEST = 128
 """Channels of a head, keys or values; beyond, the state's tile does not fit on a multiprocessor."""
@@ -100,7 +101,7 @@ def _plan(r: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> _Plan:
     slots = _slots(r, state, cu_seqlens)
     table = slots_of_row = state
     if cu_seqlens is not None:
-        table, slots_of_row = _table(cu_seqlens.to(r.device), chunk, slots, r.shape[1])
+        table, slots_of_row = chunk_table(cu_seqlens.to(r.device), chunk, slots, r.shape[1])
     settings = {
         "time": r.shape[1],
         "heads": heads,
@@ -129,18 +130,6 @@ def _slots(r: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> int:
         return batch * -(-tokens // _chunk(r))
     # every document starts a chunk of its own
     return tokens // _chunk(r) + state.shape[0]
-
-
-def _table(cu_seqlens: Tensor, chunk: int, slots: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """Bounds of every chunk [slots, 2] and the first chunk of every document [d + 1], without waiting for the GPU."""
-    # bounds that lie are at least kept inside the tensors
-    cu_seqlens = cu_seqlens.to(torch.int64).clamp(0, tokens)
-    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
-    first_slot = torch.nn.functional.pad(((ends - starts + chunk - 1) // chunk).cumsum(0), (1, 0))
-    slot = torch.arange(slots, device=cu_seqlens.device)
-    document = torch.searchsorted(first_slot[1:], slot, right=True).clamp(max=len(starts) - 1)
-    first = torch.minimum(starts[document] + (slot - first_slot[document]) * chunk, ends[document])
-    return torch.stack([first, torch.minimum(first + chunk, ends[document])], dim=1), first_slot
 
 
 def _scan(plan: _Plan, begin: Tensor, *tensors: Tensor, states: Tensor, end: Tensor, reverse: bool) -> None:
@@ -178,7 +167,7 @@ def _forward(
     """Outputs and last state; with `keep` the chunks' states, U and T that the backward pass needs (else empty)."""
     from rookery.ops.wkv7.triton_forward import output, prepare
 
-    _check_documents(r, cu_seqlens)
+    check_documents(r, cu_seqlens)
     r, log_w, k, v, a, b, state = (x.contiguous() for x in (r, log_w, k, v, a, b, state))
     if not r.numel() or not v.numel():
         y, _, *kept = _empty_results(r, v, state, cu_seqlens, keep)
@@ -307,13 +296,3 @@ def _empty_results(
 
 def _empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
-
-
-def _check_documents(r: Tensor, cu_seqlens: Tensor | None) -> None:
-    """Refuses packed rows that do not fit, where that can be seen without waiting for the GPU."""
-    if cu_seqlens is None:
-        return
-    batch, tokens = r.shape[:2]
-    bounds = cu_seqlens.tolist() if cu_seqlens.device.type == "cpu" else [0, tokens]
-    if batch != 1 or bounds[0] != 0 or bounds[-1] != tokens or any(x > y for x, y in zip(bounds, bounds[1:])):
-        raise ValueError(f"cu_seqlens must rise from 0 to {tokens} in a batch of 1; it is {bounds}, the batch {batch}")

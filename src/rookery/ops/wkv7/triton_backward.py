@@ -3,8 +3,7 @@
 import triton
 import triton.language as tl
 
-from rookery.ops.triton_tiles import load, matrix, store, tile, vector
-from rookery.ops.wkv7.triton_forward import chunk_bounds, dot, triangle
+from rookery.ops.triton_tiles import chunk_bounds, dot, load, matrix, store, tile, triangle, vector
 
 
 @triton.jit

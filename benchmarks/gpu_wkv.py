@@ -1,83 +1,108 @@
-"""wkv7 in Triton on an NVIDIA GPU: milliseconds, TFLOP/s and ratios, in one interleaved run.
+"""The recurrences in Triton on an NVIDIA GPU: milliseconds, TFLOP/s and ratios, in one interleaved run.
 
-    python benchmarks/gpu_wkv7.py [--width 4096] [--batch 1] [--rounds 15] [--save]
+    python benchmarks/gpu_wkv.py [wkv4 wkv5 wkv6 wkv7] [--width 4096] [--batch 1] [--rounds 15] [--save]
 
-The first rows are one layer in bfloat16, forward and forward with backward, at 1k to 16k tokens, against the chunked
-backend in plain torch and, where it is installed, fla's `chunk_rwkv7` as its own layer calls it. TFLOP/s count the
-recurrence, 9 N² forward and 24 N² backward a token and head of N channels, whatever an algorithm spends. The last rows
-are one token a row, in milliseconds and in the share of the bandwidth that copying the state reaches.
+The first rows of an operator are one layer in bfloat16, forward and forward with backward, at 1k to 16k tokens, against
+the chunked backend in plain torch (wkv4 has none) and, for wkv6 and wkv7 where it is installed, fla's kernel as its own
+layer calls it. TFLOP/s count the recurrence for a token and head of N channels, whatever an algorithm spends: 9 N²
+forward and 24 N² backward of wkv7, 5 N² and 11 N² of wkv5 and wkv6; that of wkv4 has so few that its rows count the
+bytes of inputs, outputs and gradients instead. The last rows are one token a row, in milliseconds and in the share of
+the bandwidth that copying the state reaches.
 """
 
 import argparse
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from support import Machine, interleaved, report
 
-from rookery.ops.wkv7 import OP
-from rookery.ops.wkv7.cases import Case, make
-
 HEAD = 64
 REPEATS = 10
 """Calls between two looks at the clock, so that waiting for the GPU does not count."""
-FLOPS = {"forward": 9, "forward and backward": 33}
+FORWARD, TRAIN = "forward", "forward and backward"
+FLOPS = {
+    "wkv5": {FORWARD: 5, TRAIN: 16},
+    "wkv6": {FORWARD: 5, TRAIN: 16},
+    "wkv7": {FORWARD: 9, TRAIN: 33},
+}
 """Per token, head and channel squared."""
+MOVED = {FORWARD: 3, TRAIN: 9}
+"""Tensors [b, t, c] that wkv4 reads or writes: k, v, y; k, v and dy again, dk, dv."""
 FLA_SETTINGS = {"chunk_size": 64, "safe_gate": True, "lower_bound": -0.6065306597126334}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ops", nargs="*", default=["wkv4", "wkv5", "wkv6", "wkv7"])
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--save", action="store_true")
     given = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.exit(1, "gpu_wkv7 needs an NVIDIA GPU that torch can use; torch.cuda.is_available() is False\n")
-    case = Case(batch=given.batch, heads=given.width // HEAD, key=HEAD, value=HEAD, fresh=True)
-    rows = [
-        layer(replace(case, time=time), direction, given.rounds)
-        for time in (1024, 2048, 4096, 8192, 16384)
-        for direction in FLOPS
-    ]
-    rows += [decode(replace(case, time=1, batch=batch), given.rounds) for batch in (1, 8, 64, 256)]
+        parser.exit(1, "gpu_wkv needs an NVIDIA GPU that torch can use; torch.cuda.is_available() is False\n")
+    rows = []
+    for op in given.ops:
+        heads = {"heads": given.width // HEAD, "key": HEAD, "value": HEAD}
+        case = cases_of(op).Case(batch=given.batch, fresh=True, **{"channels": given.width} if op == "wkv4" else heads)
+        rows += [
+            layer(op, replace(case, time=time), direction, given.rounds)
+            for time in (1024, 2048, 4096, 8192, 16384)
+            for direction in (FORWARD, TRAIN)
+        ]
+        rows += [decode(op, replace(case, time=1, batch=batch), given.rounds) for batch in (1, 8, 64, 256)]
     machine = Machine(threads=torch.get_num_threads(), device=torch.cuda.get_device_name())
-    report("gpu_wkv7", rows, machine, save=given.save)
+    report("gpu_wkv", rows, machine, save=given.save)
 
 
-def layer(case: Case, direction: str, rounds: int) -> dict[str, Any]:
+def backends_of(op: str) -> dict[str, Any]:
+    return import_module(f"rookery.ops.{op}").OP.backends
+
+
+def cases_of(op: str) -> Any:
+    return import_module(f"rookery.ops.{op}.cases")
+
+
+def layer(op: str, case: Any, direction: str, rounds: int) -> dict[str, Any]:
     """All contenders on a whole layer."""
-    arguments = on_gpu(case)
-    contenders = {name: OP.backends[name].run for name in ("triton", "chunked")}
-    if find_spec("fla"):
-        contenders["fla"] = fla
+    arguments = on_gpu(op, case)
+    contenders = {name: x.run for name, x in backends_of(op).items() if name in ("triton", "chunked")}
+    if op in FLA and find_spec("fla"):
+        contenders["fla"] = FLA[op]
         check(contenders, arguments)
     seconds = interleaved(
         {name: repeated(call(run, arguments, direction)) for name, run in contenders.items()}, rounds=rounds, warmup=3
     )
-    flops = FLOPS[direction] * HEAD**2 * case.batch * case.time * case.heads
+    each = {name: seconds.median(name) / REPEATS for name in contenders}
+    if op == "wkv4":
+        work, unit = MOVED[direction] * arguments["k"].nbytes * 1e-9, "GB/s"
+    else:
+        work, unit = FLOPS[op][direction] * HEAD**2 * case.batch * case.time * case.heads * 1e-12, "TFLOP/s"
     return {
+        "op": op,
         "batch": case.batch,
         "time": case.time,
         "direction": direction,
-        "ms": {name: 1e3 * seconds.median(name) / REPEATS for name in contenders},
-        "TFLOP/s": {name: 1e-12 * flops / (seconds.median(name) / REPEATS) for name in contenders},
+        "ms": {name: 1e3 * x for name, x in each.items()},
+        unit: {name: work / x for name, x in each.items()},
         "triton is faster": {name: seconds.ratio(name, "triton") for name in contenders if name != "triton"},
     }
 
 
-def decode(case: Case, rounds: int) -> dict[str, Any]:
+def decode(op: str, case: Any, rounds: int) -> dict[str, Any]:
     """One token of every row, beside a copy of the state, which moves as many bytes."""
-    arguments = on_gpu(case)
+    arguments = on_gpu(op, case)
     state, copy = arguments["state"], torch.empty_like(arguments["state"])
-    calls = {"triton": call(OP.backends["triton"].run, arguments, "forward"), "copy": lambda: copy.copy_(state)}
+    calls = {"triton": call(backends_of(op)["triton"].run, arguments, FORWARD), "copy": lambda: copy.copy_(state)}
     # captured, because a launch takes longer than a token
     seconds = interleaved({name: repeated(captured(run)) for name, run in calls.items()}, rounds=rounds, warmup=3)
     return {
+        "op": op,
         "batch": case.batch,
         "time": 1,
         "direction": "decode",
@@ -87,13 +112,13 @@ def decode(case: Case, rounds: int) -> dict[str, Any]:
     }
 
 
-def on_gpu(case: Case) -> dict[str, Any]:
-    made = make(case, torch.Generator().manual_seed(1), torch.bfloat16)
+def on_gpu(op: str, case: Any) -> dict[str, Any]:
+    made = cases_of(op).make(case, torch.Generator().manual_seed(1), torch.bfloat16)
     return {name: x if x is None else x.cuda() for name, x in made.items()}
 
 
 def call(run: Callable, arguments: dict[str, Any], direction: str) -> Callable[[], Any]:
-    if direction == "forward":
+    if direction == FORWARD:
         return torch.no_grad()(lambda: run(**arguments))
     floats = {name: x.detach().requires_grad_() for name, x in arguments.items() if x is not None}
 
@@ -122,7 +147,7 @@ def captured(run: Callable[[], Any]) -> Callable[[], None]:
     return graph.replay
 
 
-def fla(*, r, log_w, k, v, a, b, state, cu_seqlens=None):
+def fla_wkv7(*, r, log_w, k, v, a, b, state, cu_seqlens=None):
     """fla's kernel on our arguments; its state is [row, head, key, value]."""
     from fla.ops.rwkv7 import chunk_rwkv7
 
@@ -131,6 +156,18 @@ def fla(*, r, log_w, k, v, a, b, state, cu_seqlens=None):
     settings |= {"scale": 1.0, "initial_state": state.mT.contiguous(), "output_final_state": True}
     y, last = chunk_rwkv7(r=r, w=log_w, k=k, v=v, a=a, b=b, **settings)
     return y, last.mT
+
+
+def fla_wkv6(*, r, log_w, k, v, u, state, cu_seqlens=None):
+    """fla's kernel on our arguments; its state is [row, head, key, value]."""
+    from fla.ops.rwkv6 import chunk_rwkv6
+
+    begin = state.mT.contiguous()
+    y, last = chunk_rwkv6(r, k, v, log_w, u, scale=1.0, initial_state=begin, output_final_state=True)
+    return y, last.mT
+
+
+FLA = {"wkv6": fla_wkv6, "wkv7": fla_wkv7}
 
 
 def check(contenders: dict[str, Callable], arguments: dict[str, Any]) -> None:
