@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from support.language import randomised
 
 from rookery.adapt.config import AdaptConfig
 from rookery.adapt.peft import (
@@ -14,7 +15,10 @@ from rookery.adapt.peft import (
     save_rwkv_peft,
     target_names,
 )
+from rookery.checkpoints import open_checkpoint
+from rookery.checkpoints.adapter import adapted
 from rookery.models import create_model, save_model
+from rookery.state import from_numpy
 
 METHODS = ("lora", "pissa", "miss", "bat")
 NAMES = {
@@ -27,11 +31,7 @@ pytest.importorskip("peft")
 
 
 def model_of(name="rwkv7-test", dtype=torch.float64):
-    model = create_model(name, seed=1).to(dtype)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():  # published initial values leave mixers silent
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    model = randomised(name, dtype=dtype)
     return model
 
 
@@ -180,8 +180,26 @@ def test_rwkv_peft_files_have_that_programs_names(method, names, tmp_path):
     width = model.config.hidden_size
     assert tensors[f"blocks.1.att.key.{names.split()[0]}"].shape == (4, width)
     if method == "pissa":
-        pair = torch.load(tmp_path / "init_a.pth", weights_only=True)
+        pair = torch.load(tmp_path / "init_pissa.pth", weights_only=True)
         assert {n.replace(".init_", ".") for n in pair} == set(tensors)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_merge_verb_does_what_merging_here_does(method, tmp_path):
+    model = model_of(dtype=torch.float32)
+    save_model(model, tmp_path / "base.safetensors")
+    config, initial = trained(model, method)
+    save_adapter(model, tmp_path / "adapter", config, initial=initial)
+    files = ["adapter"]
+    if method != "bat":
+        save_rwkv_peft(model, tmp_path / "a.pth", config, initial=initial)
+        files.append("a.pth")
+    merge(model)
+    for file in files:
+        alpha = config.rank if file.endswith(".pth") else None  # the folder says it
+        read = adapted(open_checkpoint(tmp_path / "base.safetensors"), tmp_path / file, alpha=alpha)
+        weights = {name: from_numpy(read[name]) for name in read}
+        torch.testing.assert_close(weights, dict(model.state_dict()), rtol=1e-4, atol=1e-5)
 
 
 def test_bat_has_no_rwkv_peft_file(tmp_path):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from support.language import randomised
 from torch.nn.functional import cross_entropy
 
 from rookery.adapt.state_tuning import StartState, load_start, save_start
@@ -12,11 +13,7 @@ FAMILIES = ("rwkv4-test", *MATRICES)
 
 
 def model_of(name, dtype=torch.float64):
-    model = create_model(name, seed=1).to(dtype)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():  # published initial values leave mixers silent
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    model = randomised(name, dtype=dtype)
     return model.requires_grad_(False).eval()
 
 

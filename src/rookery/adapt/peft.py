@@ -173,7 +173,7 @@ def save_rwkv_peft(
 ) -> None:
     """Writes the adapter as a `.pth` with RWKV-PEFT's names: `blocks.0.att.key.lora_A`, `.disha`.
 
-    PiSSA's initial pair goes to a second file, PATH with "init_" before its name, as that program expects it. LoRA
+    PiSSA's initial pair goes to "init_pissa.pth" beside it, as that program has it. LoRA
     files do not say alpha: its merge tool asks for it. BAT is refused: RWKV-PEFT shares its blocks along the other axis
     (adaptation.md C.2.4).
     """
@@ -183,7 +183,7 @@ def save_rwkv_peft(
     write_pth(target, {_rwkv_peft_name(n): _stored(t) for n, t in adapter_tensors(model).items()})
     if config.method == "pissa":
         pair = {_rwkv_peft_name(n).replace(".lora_", ".init_lora_"): _stored(t) for n, t in _given(initial).items()}
-        write_pth(target.with_name(f"init_{target.name}"), pair)
+        write_pth(target.with_name("init_pissa.pth"), pair)
 
 
 def _rwkv_peft_name(name: str) -> str:

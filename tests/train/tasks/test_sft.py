@@ -1,21 +1,18 @@
 import numpy as np
 import pytest
 import torch
+from support.language import randomised
 from torch.nn.functional import cross_entropy
 
 from rookery.data.jsonl import Sample
 from rookery.data.packing import IGNORED, collate
-from rookery.models import create_model
 from rookery.train.tasks.sft import sft_loss
 
 FAMILIES = ("rwkv4-test", "rwkv5-test", "rwkv6-test", "rwkv7-test", "transformer-test")
 
 
 def model_and_samples(name="rwkv7-test"):
-    model = create_model(name, seed=1).double()
-    with torch.no_grad():  # published initial values leave mixers silent
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    model = randomised(name)
     random = np.random.default_rng(0)
     samples = []
     for length in (7, 12, 2):
