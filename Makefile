@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := torch
 
-.PHONY: help demo test lint docs budget clean
+.PHONY: help demo test lint docs budget bench-train clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -31,6 +31,10 @@ docs: $(VENV)/.tested-tools ## the documentation, built into site/
 
 budget: $(VENV)/.tested-tools ## seconds per test folder, import times, longest files
 	$(BIN)/python benchmarks/budget.py
+
+bench-train: $(VENV)/.tested-tools ## training tokens/s against a GPT and a loop without kernels; where a step's time goes
+	$(BIN)/python benchmarks/train_cpu.py --naive --save
+	$(BIN)/python benchmarks/train_profile.py --save
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build site src/rookery/_native*.so

@@ -1,22 +1,31 @@
-"""Training tokens/s of RWKV-7 against a GPT of the same size on this CPU, in one interleaved run.
+"""Training tokens/s of RWKV-7 against a GPT of the same size, and against itself without kernels.
 
     python benchmarks/train_cpu.py --save
 
-One optimiser step each (forward, backward, AdamW on float32 masters) of the same vocabulary, width, depth and number of
-tokens, at 512 and at 4,096 tokens a row. The GPT is our transformer on torch's scaled_dot_product_attention, its MLP
-widened until the parameters match.
+Contenders take turns in one run. One optimiser step each (forward, backward, AdamW on float32 masters) of the same
+vocabulary, width, depth and number of tokens, at 512 and at 4,096 tokens a row. The GPT is our transformer on torch's
+scaled_dot_product_attention, its MLP widened until the parameters match. `--naive` adds, in float32 at 512 tokens a
+row, the same RWKV-7 on the reference of every operator: plain torch with a loop over the tokens, which is how it runs
+without kernels. A step of that takes half a minute or so.
 """
 
 import argparse
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
 
 import torch
 from support import Machine, interleaved, report
 
 from rookery.data.text import Corpus, Windows
 from rookery.models import create_model
+from rookery.ops import linear_cross_entropy, relu_squared, token_shift, wkv7, wkv7_inputs, wkv7_output
 from rookery.train.config import OptimConfig
 from rookery.train.optim import Optimizer
 from rookery.train.tasks.language import language_loss
+
+OPS = [m.OP for m in (linear_cross_entropy, relu_squared, token_shift, wkv7, wkv7_inputs, wkv7_output)]
+"""All that an RWKV-7 calls in training."""
 
 
 def parameters(model: torch.nn.Module) -> int:
@@ -41,6 +50,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="tokens a step, whatever the row length")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--naive", action="store_true", help="also without kernels")
     parser.add_argument("--save", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -52,6 +62,8 @@ def main() -> None:
             built = models(given.width, given.layers, given.vocabulary)
             windows = Windows(corpus, length, seed=0)
             calls = {name: step(model, dtype, windows, given.tokens // length) for name, model in built.items()}
+            if given.naive and (dtype, length) == ("float32", 512):
+                calls["naive"] = without_kernels(step(fresh_rwkv(given), dtype, windows, given.tokens // length))
             seconds = interleaved(calls, rounds=given.rounds)
             rows.append(
                 {
@@ -60,6 +72,7 @@ def main() -> None:
                     "parameters": {name: parameters(model) for name, model in built.items()},
                     "tokens_per_second": {name: given.tokens / seconds.median(name) for name in calls},
                     "rwkv7_over_gpt": seconds.ratio("gpt", "rwkv7"),
+                    "rwkv7_over_naive": seconds.ratio("naive", "rwkv7") if "naive" in calls else None,
                 }
             )
     report("train_cpu", rows, Machine(threads=given.threads), save=given.save)
@@ -77,6 +90,29 @@ def step(model: torch.nn.Module, dtype: str, windows: Windows, batch: int):
         optimizer.step(1e-4)
 
     return run
+
+
+def fresh_rwkv(given: argparse.Namespace) -> torch.nn.Module:
+    return models(given.width, given.layers, given.vocabulary)["rwkv7"]
+
+
+@contextmanager
+def only_references() -> Iterator[None]:
+    """Leaves every operator nothing but its definition."""
+    with ExitStack() as stack:
+        for op in OPS:
+            stack.enter_context(patch.dict(op.backends, {"reference": op.backends["reference"]}, clear=True))
+        yield
+
+
+def without_kernels(run):
+    """`run` on the references."""
+
+    def slow() -> None:
+        with only_references():
+            run()
+
+    return slow
 
 
 if __name__ == "__main__":
