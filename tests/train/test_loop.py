@@ -16,7 +16,7 @@ from rookery.models import create_model, save_model
 from rookery.recipes import recipe
 from rookery.train.checkpoint import load_checkpoint
 from rookery.train.config import overlay
-from rookery.train.loop import TrainingFailed, prepare, train, validate
+from rookery.train.loop import TrainingFailed, prepare, train
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog does not mind at all.\n" * 60
 
@@ -79,9 +79,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path, dtype):
 
 def stop_after(config, step):
     """Ends a run in the middle of a step, as a crash would."""
-    import rookery.train.loop as loop
+    import rookery.train.tasks.language as task
 
-    original, calls = loop.language_loss, []
+    original, calls = task.language_loss, []
 
     def failing(*args):
         calls.append(args)
@@ -90,8 +90,8 @@ def stop_after(config, step):
         return original(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "language_loss", failing)
-        loop.train(config)
+        patch.setattr(task, "language_loss", failing)
+        train(config)
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(config, caplog):
@@ -152,12 +152,12 @@ def test_no_text_is_an_error_that_says_how_to_give_it(config):
 def test_the_held_out_loss_is_the_mean_over_the_held_out_text(config, tmp_path):
     text = "A held-out text of its own, which the run never learns from. " * 3
     (tmp_path / "held.txt").write_text(text)
-    run, _ = prepare(overlay(config, {"data": {"validation": str(tmp_path / "held.txt")}}))
+    run = prepare(overlay(config, {"data": {"validation": str(tmp_path / "held.txt")}}))
     tokens = torch.tensor([*text.encode(), 0])
     rows = (len(tokens) - 1) // 16
     inputs, targets = tokens[: rows * 16].view(rows, 16), tokens[1 : rows * 16 + 1]
-    expected = torch.nn.functional.cross_entropy(run.model(inputs)[0].flatten(0, 1), targets).item()
-    measured = validate(run)
+    expected = torch.nn.functional.cross_entropy(run.task.model(inputs)[0].flatten(0, 1), targets).item()
+    measured = run.task.validate()
     assert measured["validation_loss"] == pytest.approx(expected, rel=1e-5)
     assert measured["validation_nats_per_character"] == pytest.approx(expected * len(tokens) / len(text), rel=1e-5)
 

@@ -4,7 +4,7 @@ import ast
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from rookery.errors import UnknownName, unknown
 
@@ -53,6 +53,8 @@ class OptimConfig:
 class TrainConfig:
     """One training run."""
 
+    task: ClassVar[str] = "rookery.train.tasks.language:LanguageTask"
+    """The class that makes model, data and loss of such a config."""
     model: str = "rwkv7-test"
     """Registered name."""
     overrides: dict[str, Any] = field(default_factory=dict)

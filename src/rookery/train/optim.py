@@ -12,10 +12,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """The official groups (core.md 1.10): decayed matrices, the decay bias at twice the rate, everything else.
 
     Weight decay goes to parameters with ".weight" in their name and at least two dimensions longer than 1: projections,
-    embedding and head, not the low-rank factors.
+    embedding and head, not the low-rank factors. Frozen parameters are in none.
     """
     groups: dict[str, list[Tensor]] = {"decayed": [], "fast": [], "plain": []}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if "att.w0" in name:
             groups["fast"].append(parameter)
         elif parameter.squeeze().dim() >= 2 and ".weight" in name:
@@ -52,7 +54,7 @@ class Optimizer:
     def __init__(self, model: nn.Module, config: OptimConfig, dtype: torch.dtype) -> None:
         """`model` holds float32 weights; its parameters become `dtype`, the masters stay behind."""
         self.config = config
-        self.parameters = list(model.parameters())
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.masters = [p.detach().clone().requires_grad_() for p in self.parameters]
         master_of = dict(zip(map(id, self.parameters), self.masters))
         groups = parameter_groups(model, config.weight_decay)

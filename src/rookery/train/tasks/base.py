@@ -1,0 +1,37 @@
+"""What the loop knows of a task."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from rookery.nn.language_model import LanguageModel
+
+
+class Task(Protocol):
+    """A model, what of it is trained, the data, and the loss. Made from the run's config alone."""
+
+    model: LanguageModel
+    trained: nn.Module
+    """Its parameters that require gradients are what the optimiser moves."""
+
+    def batch(self, step: int) -> Any:
+        """What `step` (from 1) learns from: a function of config and step, so that a resumed run is exact."""
+
+    def tokens(self, batch: Any) -> int:
+        """Tokens that the model reads in it."""
+
+    def loss(self, batch: Any) -> dict[str, Tensor]:
+        """ "loss", and scalars to log."""
+
+    def ready(self, out: Path) -> None:
+        """Called once weights have their dtype, before a checkpoint is read: the model is as it was before training."""
+
+    def after_step(self) -> None:
+        """Called after every step of the optimiser."""
+
+    def validate(self) -> dict[str, float]:
+        """Measurements on held-out data; empty where there is too little."""
+
+    def export(self, out: Path) -> None:
+        """Writes the finished result to the run's folder."""
