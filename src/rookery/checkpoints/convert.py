@@ -277,6 +277,8 @@ def _file_of(tokenizer: Any) -> str:
     """Name under which a tokenizer is looked for in a folder."""
     from rookery.tokenizers.trie import TrieTokenizer
 
+    if tokenizer.name == "world":
+        return "rwkv_vocab_v20230424.txt"  # what llama.cpp's converter looks for
     return "vocab.txt" if isinstance(tokenizer, TrieTokenizer) else "tokenizer.json"
 
 
