@@ -178,3 +178,26 @@ def test_a_tuned_state_starts_the_text(generate, llm, tmp_path):
     code, out, err = generate(*FLAGS, "--state", tmp_path / "tuned.pth", "hello")
     assert (code, err) == (0, "")
     assert out not in (generate(*FLAGS, "hello")[1], "\n")
+
+
+def test_a_text_may_have_a_form(generate, llm, tmp_path):
+    from rookery.engine.grammar import json_schema
+
+    schema = {"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2, "maxItems": 4}
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    flags = ["--seed", "1", "-n", "200"]
+    _, out, _ = generate(*flags, "--json-schema", tmp_path / "schema.json", "hello")
+    assert out == llm.generate("hello", 200, seed=1, grammar=json_schema(schema)) + "\n"
+    assert 2 <= len(json.loads(out)) <= 4
+    assert generate(*flags, "--regex", "(yes|no)", "hello")[1].strip() in ("yes", "no")
+    (tmp_path / "g.lark").write_text('start: "x" "y"')
+    assert generate(*flags, "--grammar", tmp_path / "g.lark", "hello")[1] == "xy\n"
+    code, _, err = generate("--regex", "(", "hello")
+    assert (code, "the regular expression cannot be used" in err) == (1, True)
+
+
+def test_guesses_change_nothing(generate, model_path):
+    flags = ["--seed", "3", "-n", "40", "--top-p", "0.9", "--ignore-eos"]
+    expected = generate(*flags, "hello hello hello")[1]
+    assert generate(*flags, "--speculate", "6", "hello hello hello")[1] == expected
+    assert generate(*flags, "--draft", model_path, "hello hello hello")[1] == expected

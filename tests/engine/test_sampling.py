@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from rookery.engine.sampling import Sampler, Sampling, distribution, draw, uniform
+from rookery.engine.sampling import Sampler, Sampling, distribution, draw, logprobs_of, uniform
 
 
 def official(logits, *, temperature, top_p, top_k=0):
@@ -224,3 +224,40 @@ def test_logits_that_are_no_numbers_are_refused(temperature, bad):
 def test_banning_every_token_is_refused(temperature):
     with pytest.raises(ValueError, match="every token is banned"):
         Sampler(Sampling(temperature=temperature, banned=(0, 1)), 0).next(np.zeros(2, np.float32))
+
+
+def test_typical_keeps_what_carries_as_much_as_expected():
+    probabilities = np.array([0.4, 0.3, 0.2, 0.06, 0.04])
+    logits = np.log(probabilities).astype(np.float32)
+    entropy = -(probabilities * np.log(probabilities)).sum()
+    order = np.argsort(np.abs(-np.log(probabilities) - entropy))
+    for typical_p in (0.1, 0.3, 0.55, 0.9):
+        count = int(np.searchsorted(np.cumsum(probabilities[order]), typical_p)) + 1
+        kept, _ = distribution(logits, Sampling(top_p=1, typical_p=typical_p))
+        assert list(kept) == sorted(order[:count])
+    assert len(distribution(logits, Sampling(top_p=1))[0]) == 5
+    # 0.3 is the most typical, and top_p leaves the likeliest alone: one token must stay
+    assert list(distribution(logits, Sampling(top_p=0.1, typical_p=0.1))[0]) == [0]
+    with pytest.raises(ValueError, match="typical_p must be between 0 and 1, got 2"):
+        Sampling(typical_p=2)
+
+
+def test_a_bias_is_added_to_the_logits():
+    logits = np.zeros(4, np.float32)
+    greedy = Sampling(temperature=0, logit_bias={2: 1.0, 3: 0.5})
+    assert Sampler(greedy, 0).next(logits) == 2
+    assert Sampler(Sampling(temperature=0, logit_bias={0: float("-inf"), 1: -1.0}), 0).next(logits) == 2
+    assert not logits.any()
+    with pytest.raises(ValueError, match="the logit bias of token 3 must be a number, got inf"):
+        Sampling(logit_bias={3: float("inf")})
+
+
+def test_log_probabilities_are_the_models_own():
+    logits = np.log(np.array([0.5, 0.125, 0.125, 0.25], np.float32)) + 3
+    told = logprobs_of(logits, 1, 3)
+    assert told.token == 1
+    np.testing.assert_allclose(told.logprob, np.log(0.125), rtol=1e-6)
+    assert [token for token, _ in told.top] == [0, 3, 1]
+    np.testing.assert_allclose([p for _, p in told.top], np.log([0.5, 0.25, 0.125]), rtol=1e-6)
+    assert logprobs_of(logits, 0, 0).top == ()
+    assert len(logprobs_of(logits, 0, 99).top) == 4

@@ -260,3 +260,55 @@ def test_options_that_make_no_sense_are_refused(options, message):
 def test_an_unknown_option_is_refused():
     with pytest.raises(TypeError, match="topp"):
         fed("a").stream(topp=0.5)
+
+
+def test_a_session_goes_back_to_a_kept_snapshot():
+    session = fed("c", "b", "a")
+    assert session.keep() == 2
+    assert session.generate(2, temperature=0) == "cb"
+    assert session.keep() == 4
+    assert session.generate(1, temperature=0) == "a"
+    assert session.kept == [2, 4]
+    assert session.rewind() == 4
+    assert session.generate(1, temperature=0) == "a"
+    assert session.rewind(2) == 2
+    assert (session.kept, session.tokens_seen) == ([2], 2)
+    assert session.generate(3, temperature=0) == "cba"
+    with pytest.raises(BadState, match="no snapshot after 4 tokens is kept; there are: 2"):
+        session.rewind(4)
+    with pytest.raises(BadState, match="none; `keep` makes one"):
+        fed("a").rewind()
+
+
+def test_a_fork_has_the_snapshots_and_leaves_them():
+    session = fed("c", "b")
+    session.keep()
+    branch = session.fork()
+    branch.generate(1, temperature=0)
+    branch.keep()
+    assert (branch.rewind(2), branch.kept, session.kept) == (2, [2], [2])
+
+
+def test_a_snapshot_in_an_open_stream_has_what_was_shown():
+    session = fed("a", "\n", "b")
+    stream = session.stream(3, 0, stop="\n\n")
+    assert next(stream) == "a"
+    assert next(stream) == "\nb"
+    assert session.keep() == 5
+    assert session.rewind() == 5
+
+
+def test_log_probabilities_are_told_for_every_token():
+    session = fed("c", "b", "")
+    stream = session.stream(5, 0, logprobs=2)
+    assert "".join(stream) == "cb"
+    assert [told.token for told in stream.logprobs] == stream.tokens == [14, 2]
+    assert all(told.top[0] == (told.token, told.logprob) for told in stream.logprobs)
+    assert fed("c").stream(1).logprobs == []
+    with pytest.raises(ValueError, match="logprobs must be 0 or more, got -1"):
+        fed("a").stream(logprobs=-1)
+
+
+def test_a_bias_may_not_be_for_an_unknown_token():
+    with pytest.raises(ValueError, match="got token 99, the model knows 0 to 15"):
+        fed("a").stream(logit_bias={99: 1.0})

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from rookery.engine.llm import LLM
-from rookery.engine.runners.protocol import check_rows, select
+from rookery.engine.runners.protocol import asked, check_rows, select
 from rookery.tokenizers.base import StreamDecoder
 
 
@@ -77,8 +77,8 @@ class Scripted:
             row = np.full(self.config.vocab_size, -50, np.float32)
             row[self.script[len(state.tokens)] if len(state.tokens) < len(self.script) else 0] = 50
             rows.append(row)
-        asked = {"none": 0, "last": 1, "all": len(rows)}[logits]
-        return np.stack(rows)[len(rows) - asked :] if asked else np.empty((0, self.config.vocab_size), np.float32)
+        count = asked(logits, len(rows))
+        return np.stack(rows)[len(rows) - count :] if count else np.empty((0, self.config.vocab_size), np.float32)
 
     def forward_rows(self, rows, states, logits):
         check_rows(rows, states, logits)
@@ -101,8 +101,8 @@ class Remembering(Scripted):
             state.tokens.append(token)
             seed = zlib.crc32(np.array(state.tokens).tobytes())
             rows.append(np.random.default_rng(seed).standard_normal(self.config.vocab_size, np.float32))
-        asked = {"none": 0, "last": 1, "all": len(rows)}[logits]
-        return np.stack(rows)[len(rows) - asked :] if asked else np.empty((0, self.config.vocab_size), np.float32)
+        count = asked(logits, len(rows))
+        return np.stack(rows)[len(rows) - count :] if count else np.empty((0, self.config.vocab_size), np.float32)
 
 
 def scripted(prompt, said, pieces):

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rookery.engine.llm import LLM
 
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "penalty_decay")
+SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "typical_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "penalty_decay",
+)
 """Options that `Sampling` takes under the same name; what is not given keeps the default there."""
 
 
@@ -34,6 +43,7 @@ def add_sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     group.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest of so much (0.5)")
     group.add_argument("--top-k", type=int, metavar="K", help="choose among so many at most (0: all)")
     group.add_argument("--min-p", type=float, metavar="P", help="drop what is below this share of the best (0)")
+    group.add_argument("--typical-p", type=float, metavar="P", help="keep what is as likely as expected (1: all)")
     group.add_argument("--presence-penalty", type=float, metavar="X", help="against tokens that have occurred (0)")
     group.add_argument("--frequency-penalty", type=float, metavar="X", help="the same for each time (0)")
     group.add_argument("--penalty-decay", type=float, metavar="X", help="how slowly occurrences are forgotten (0.996)")
@@ -45,6 +55,11 @@ def add_sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:
         metavar="TEXT",
         help=r"end before this text (\n: line end); repeatable",
     )
+    group.add_argument("--json-schema", metavar="FILE", help="write JSON that this schema describes")
+    group.add_argument("--regex", metavar="PATTERN", help="write text that matches this regular expression")
+    group.add_argument("--grammar", metavar="FILE", help="write text of this Lark grammar")
+    group.add_argument("--speculate", type=int, metavar="N", help="guess up to N tokens at a time; same text, sooner")
+    group.add_argument("--draft", metavar="PATH", help="a smaller model that guesses, --speculate tokens at a time (4)")
     group.add_argument("--ignore-eos", action="store_true", help="go on after the token that ends a text")
 
 
@@ -76,6 +91,17 @@ def text_options(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments for `Session.stream`."""
     given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     stops = [stop.replace(r"\n", "\n").replace(r"\t", "\t") for stop in args.stop]
+    if args.json_schema or args.regex or args.grammar:
+        from rookery.engine.grammar import read_grammar
+
+        given["grammar"] = read_grammar(args.json_schema, args.regex, args.grammar)
+    if args.draft:
+        from rookery.engine.llm import LLM
+        from rookery.engine.speculate import DraftModel
+
+        given["speculate"] = DraftModel(LLM(args.draft, threads=args.threads), args.speculate or 4)
+    elif args.speculate:
+        given["speculate"] = args.speculate
     return given | {"max_tokens": args.max_tokens, "seed": args.seed, "ignore_eos": args.ignore_eos, "stop": stops}
 
 

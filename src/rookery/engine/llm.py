@@ -17,6 +17,8 @@ from rookery.errors import BackendUnavailable, BadCheckpoint, MissingDependency,
 
 if TYPE_CHECKING:
     from rookery.checkpoints.checkpoint import Checkpoint
+    from rookery.engine.beam import Beam
+    from rookery.engine.grammar import Guide
     from rookery.engine.runners.protocol import RowState, Runner
     from rookery.engine.state_cache import StateCache
     from rookery.tokenizers import Tokenizer
@@ -111,6 +113,13 @@ class LLM:
         return resolve(self._tokenizer, path=self.path, vocab_size=vocab_size, metadata=self._metadata)
 
     @cached_property
+    def guide(self) -> Guide:
+        """What constrained texts need to know of the tokenizer."""
+        from rookery.engine.grammar import Guide
+
+        return Guide(self.tokenizer, self.runner.config.vocab_size, END_OF_TEXT)
+
+    @cached_property
     def template(self) -> ChatTemplate:
         """The form of a conversation; ValueError for a model that was not trained on a known one."""
         from rookery.tokenizers.chat import TEMPLATES, get_template, template_of_model
@@ -197,6 +206,14 @@ class LLM:
         if self._start is None:
             return self.runner.init_state()
         return self.runner.init_state(self._start)
+
+    def beam_search(
+        self, prompt: str | Sequence[int], beams: int = 4, max_tokens: int = 64, **options: Any
+    ) -> list[Beam]:
+        """The likeliest texts after `prompt`, the best first; see `rookery.engine.beam`."""
+        from rookery.engine.beam import beam_search
+
+        return beam_search(self, prompt, beams, max_tokens, **options)
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """float32 [t, vocab]: what follows each of t tokens, from the beginning of a text."""

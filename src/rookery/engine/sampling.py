@@ -1,14 +1,20 @@
 """From logits to the next token: the official RWKV pipeline (ChatRWKV, rwkv_pip_package, utils.py), made reproducible.
 
-    penalties → softmax → top_p (ties at the cut survive) → top_k → min_p → temperature → draw
+    bias, grammar, penalties → softmax → top_p (ties at the cut survive) → top_k → min_p → typical → temperature → draw
 
 The temperature comes after the truncation: it flattens what is left and brings nothing back.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from rookery.engine.grammar import Constraint
 
 DIGITS_AND_SPACE = b" \t0123456789"
 """A token whose bytes stand in this string costs no frequency penalty: numbers and indents repeat with good reason."""
@@ -27,6 +33,9 @@ class Sampling:
     """Keep at most so many tokens, lower ids first on a tie; 0 keeps all."""
     min_p: float = 0.0
     """Drop tokens less likely than this share of the likeliest; 0 keeps all."""
+    typical_p: float = 1.0
+    """Keep the tokens whose information is nearest to what is expected (the entropy) until their probabilities sum to
+    this; 1 keeps all (arXiv 2202.00666)."""
     presence_penalty: float = 0.0
     """Taken off the logit of every token that has occurred."""
     frequency_penalty: float = 0.0
@@ -35,6 +44,8 @@ class Sampling:
     """Old occurrences count this much less with every new token."""
     banned: tuple[int, ...] = ()
     """Ids of tokens that are never chosen."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these tokens."""
 
     def __post_init__(self) -> None:
         allowed = {
@@ -42,6 +53,7 @@ class Sampling:
             "top_p": (0, 1),
             "top_k": (0, float("inf")),
             "min_p": (0, 1),
+            "typical_p": (0, 1),
             "penalty_decay": (0, 1),
         }
         for name, (low, high) in allowed.items():
@@ -49,11 +61,38 @@ class Sampling:
             if not low <= value <= high:  # false for NaN, too
                 limits = f"{low} or more" if high == float("inf") else f"between {low} and {high}"
                 raise ValueError(f"{name} must be {limits}, got {value}")
+        for token, bias in self.logit_bias.items():
+            if not bias < float("inf"):  # minus infinity bans a token
+                raise ValueError(f"the logit bias of token {token} must be a number, got {bias}")
 
     @property
     def penalises(self) -> bool:
         """True if what has occurred changes what comes."""
         return bool(self.presence_penalty or self.frequency_penalty)
+
+
+class TokenLogprobs(NamedTuple):
+    """How likely the model thought a token: logarithms of probabilities before penalties, cuts and temperature."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """The likeliest tokens with theirs, falling."""
+
+
+def logprobs_of(logits: np.ndarray, token: int, count: int) -> TokenLogprobs:
+    """What `TokenLogprobs` says of `token` and the `count` likeliest, for float32 logits [vocab]."""
+    logprobs = log_softmax(logits)
+    likeliest = _likeliest(logprobs, min(count, len(logprobs))) if count else np.empty(0, np.int64)
+    top = sorted(((int(i), float(logprobs[i])) for i in likeliest), key=lambda pair: (-pair[1], pair[0]))
+    return TokenLogprobs(token, float(logprobs[token]), tuple(top))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """float64 logarithms of probabilities [..., vocab]."""
+    logits = logits.astype(np.float64)
+    logits -= logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
 class Sampler:
@@ -65,8 +104,15 @@ class Sampler:
     """
 
     def __init__(
-        self, sampling: Sampling, seed: int, token_bytes: Callable[[int], bytes] | None = None, step: int = 0
+        self,
+        sampling: Sampling,
+        seed: int,
+        token_bytes: Callable[[int], bytes] | None = None,
+        step: int = 0,
+        constraint: Constraint | None = None,
     ) -> None:
+        self.constraint = constraint
+        """What the text must look like."""
         self.sampling = sampling
         self.seed = seed
         self.step = step
@@ -88,8 +134,15 @@ class Sampler:
         tokens, probabilities = distribution(logits, self.sampling)
         return int(tokens[draw(probabilities, number)])
 
+    @property
+    def complete(self) -> bool:
+        """True if no token can follow."""
+        return self.constraint is not None and self.constraint.complete
+
     def accept(self, token: int) -> None:
         """Counts a token that became part of the text; a token that ended it is not counted."""
+        if self.constraint is not None:
+            self.constraint.accept(token)
         if self._counts is None:
             return
         self._counts *= self.sampling.penalty_decay
@@ -101,10 +154,14 @@ class Sampler:
         sampling = self.sampling
         if sampling.penalises and self._counts is None:
             self._occurred, self._counts = np.zeros(len(logits), bool), np.zeros(len(logits), np.float32)
-        if not sampling.penalises and not sampling.banned:
+        if not (sampling.penalises or sampling.banned or sampling.logit_bias or self.constraint):
             return logits
         logits = logits.copy()
+        for token, bias in sampling.logit_bias.items():
+            logits[token] += bias
         logits[list(sampling.banned)] = -np.inf
+        if self.constraint is not None:
+            logits[~self.constraint.allowed()] = -np.inf
         if sampling.penalises:
             logits -= sampling.presence_penalty * self._occurred + sampling.frequency_penalty * self._counts
         return logits
@@ -125,6 +182,10 @@ def distribution(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np
     tokens = np.flatnonzero((weights >= cut) & (weights > 0))
     if 0 < sampling.top_k < len(tokens):
         tokens = tokens[_likeliest(weights[tokens], sampling.top_k)]
+    if sampling.typical_p < 1:
+        typical = _typical(weights, sampling.typical_p)
+        # what every cut together would leave empty keeps its likeliest token
+        tokens = kept if len(kept := tokens[typical[tokens]]) else tokens[[weights[tokens].argmax()]]
     kept = weights[tokens].astype(np.float64)
     if sampling.temperature != 1:
         # exp(logit / T) is p^(1/T) up to a factor, without its underflow at low temperatures
@@ -155,6 +216,20 @@ def _nucleus(weights: np.ndarray, top_p: float) -> float:
     reached = np.cumsum(rest, dtype=np.float64) >= wanted - kept
     # rounding may leave the sum a hair below: then all stay, and not the first alone (core.md 3.5 c)
     return float(rest[reached.argmax()] if reached.any() else rest[-1])
+
+
+def _typical(weights: np.ndarray, typical_p: float) -> np.ndarray:
+    """bool [vocab]: the tokens with the most expected information that together have the probability `typical_p`."""
+    probabilities = weights.astype(np.float64) / weights.sum(dtype=np.float64)
+    information = np.full(len(weights), np.inf)
+    possible = probabilities > 0
+    information[possible] = -np.log(probabilities[possible])
+    entropy = (probabilities[possible] * information[possible]).sum()
+    order = np.argsort(np.abs(information - entropy), kind="stable")
+    count = int(np.searchsorted(np.cumsum(probabilities[order]), typical_p)) + 1
+    kept = np.zeros(len(weights), bool)
+    kept[order[:count]] = True
+    return kept
 
 
 def _likeliest(weights: np.ndarray, count: int) -> np.ndarray:

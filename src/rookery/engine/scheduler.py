@@ -277,6 +277,7 @@ class Scheduler:
                 generation._read = end
                 self.counts["prompt_tokens"] += len(piece)
                 generation.session._at.add(piece)
+                generation.session.context.extend(piece)
             if unread := generation.session._at.unread:
                 # a snapshot is worth little without the logits that follow it
                 at_cut = bool(generation._cuts) and generation._cuts[0] == generation._read

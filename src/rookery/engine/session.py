@@ -9,6 +9,7 @@ public method counts it as read.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
@@ -18,16 +19,21 @@ import numpy as np
 from rookery.checkpoints.state_file import SESSION_PREFIX, read_state, write_state
 from rookery.checkpoints.tuned_state import start_arrays
 from rookery.engine.runners.protocol import RowState, Runner
-from rookery.engine.sampling import Sampler, Sampling
+from rookery.engine.sampling import Sampler, Sampling, TokenLogprobs, logprobs_of
 from rookery.engine.text import StopStrings
+from rookery.errors import BadState
 
 if TYPE_CHECKING:
+    from rookery.engine.grammar import Grammar
     from rookery.engine.llm import LLM
+    from rookery.engine.speculate import Drafts, Verifier
 
 END_OF_TEXT = 0
 """The token that ends a text in every RWKV vocabulary."""
 CHUNK = 512
 """Tokens of a prompt that are read in one call: bounds memory, and lets an interruption through."""
+CONTEXT = 2048
+"""Tokens of a session that are remembered as such."""
 RECENT = 8
 """Tokens that a decoder needs to go on; a character has at most four bytes, and few tokens have none."""
 
@@ -66,6 +72,12 @@ class Order:
     """Tokens that end the text."""
     stop: tuple[str, ...] | None = None
     """Strings that end the text; None for a stream of token ids, which needs no tokenizer."""
+    grammar: Grammar | None = None
+    """What the text must look like."""
+    logprobs: int | None = None
+    """How many of the likeliest tokens are told for every token; None tells nothing."""
+    speculate: Drafts | None = None
+    """Guesses what comes; changes nothing but the time it takes."""
 
     @classmethod
     def of(
@@ -77,13 +89,23 @@ class Order:
         ignore_eos: bool = False,
         *,
         stop: tuple[str, ...] | None = None,
+        grammar: Grammar | None = None,
+        logprobs: int | None = None,
+        speculate: Drafts | int | None = None,
         **sampling: Any,
     ) -> Self:
         """The options of `Session.stream`, checked; a seed is chosen where none is given."""
-        if max_tokens < 0:
-            raise ValueError(f"max_tokens must be 0 or more, got {max_tokens}")
+        for name, value in (("max_tokens", max_tokens), ("logprobs", logprobs)):
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must be 0 or more, got {value}")
         how = Sampling(temperature=temperature, **sampling)
-        llm.tokens_of(how.banned)
+        llm.tokens_of([*how.banned, *how.logit_bias])
+        if grammar is not None:
+            llm.guide.check(grammar)
+        if isinstance(speculate, int):
+            from rookery.engine.speculate import Lookup
+
+            speculate = Lookup(speculate) if speculate else None
         StopStrings(stop or ())
         return cls(
             max_tokens=max_tokens,
@@ -91,6 +113,9 @@ class Order:
             seed=int.from_bytes(os.urandom(8), "little") if seed is None else seed,
             ends=frozenset() if ignore_eos else frozenset({END_OF_TEXT}),
             stop=stop,
+            grammar=grammar,
+            logprobs=logprobs,
+            speculate=speculate,
         )
 
 
@@ -101,6 +126,9 @@ class Session:
         self.llm = llm
         self._at = position or Position(llm.fresh_state())
         self._stream: TextStream | TokenStream | None = None
+        self._kept: dict[int, Position] = {}
+        self.context: deque[int] = deque(self._at.recent, CONTEXT)
+        """The last tokens that were fed: what speculation guesses from."""
 
     @property
     def tokens_seen(self) -> int:
@@ -118,6 +146,7 @@ class Session:
         tokens = self.llm.tokens_of(text_or_ids)
         self._end_stream()
         self._at.add(tokens)
+        self.context.extend(tokens)
         self._read(self._at)
 
     def stream(
@@ -133,9 +162,12 @@ class Session:
         """Goes on with the text: an iterator over its pieces, each made of whole characters.
 
         It ends after `max_tokens`, at token 0 (unless `ignore_eos`), or before the first of the strings `stop`,
-        wherever token borders lie. `sampling` takes the other fields of `Sampling` (top_p, top_k, …). The same `seed`
-        at the same position draws the same numbers, so a text cut into several calls, or saved and loaded, goes on as
-        if it had not been; None draws anew. ValueError where there is nothing to go on from.
+        wherever token borders lie. `sampling` takes the other fields of `Sampling` (top_p, top_k, …), and `grammar` (a
+        form that the text must have, from `rookery.engine.grammar`), `logprobs` (how many of the likeliest tokens the
+        stream tells for every token) and `speculate` (how many tokens may be guessed from what was said before, or a
+        `DraftModel` that guesses: the same text in less time). The same `seed` at the same position draws the same
+        numbers, so a text cut into several calls, or saved and loaded, goes on as if it had not been; None draws anew.
+        ValueError where there is nothing to go on from.
         """
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         return self.open(Order.of(self.llm, max_tokens, temperature, seed, ignore_eos, stop=stops, **sampling))
@@ -189,8 +221,36 @@ class Session:
         return self.stream(max_tokens, stop=stops, **options)
 
     def fork(self) -> Session:
-        """An independent session that stands where this one does."""
-        return Session(self.llm, self._shown().copy())
+        """An independent session that stands where this one does, with the same snapshots to rewind to."""
+        branch = Session(self.llm, self._shown().copy())
+        branch._kept, branch.context = dict(self._kept), self.context.copy()
+        return branch
+
+    def keep(self) -> int:
+        """Keeps a snapshot to `rewind` to; its name is the number of tokens that are in it."""
+        at = self._shown()
+        self._read(at)
+        self._kept[at.state.tokens_seen] = at.copy()
+        return at.state.tokens_seen
+
+    @property
+    def kept(self) -> list[int]:
+        """The snapshots that there are, by their tokens, rising."""
+        return sorted(self._kept)
+
+    def rewind(self, tokens_seen: int | None = None) -> int:
+        """Goes back to the snapshot of so many tokens, or the last one; forgets what came after it, later ones too.
+
+        An open stream ends. Returns the tokens that are left. BadState where no such snapshot is kept.
+        """
+        wanted = max(self._kept, default=None) if tokens_seen is None else tokens_seen
+        if wanted not in self._kept:
+            there = ", ".join(map(str, self.kept)) or "none; `keep` makes one"
+            raise BadState(f"no snapshot after {tokens_seen} tokens is kept; there are: {there}")
+        self._end_stream()
+        self._at = self._kept[wanted].copy()
+        self._kept = {length: at for length, at in self._kept.items() if length <= wanted}
+        return wanted
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes everything the session needs to go on exactly; `LLM.session(state=path)` reads it.
@@ -284,8 +344,18 @@ class TokenStream:
         """The tokens so far, without the one that ended the text."""
         self.finish_reason: str | None = None
         """None while open, then "length", "end" (token 0), "stop" (a stop string) or "closed"."""
-        at, pieces = session._at, session.llm.tokenizer.token_bytes if order.sampling.penalises else None
-        self._sampler = Sampler(order.sampling, order.seed, pieces, step=at.state.tokens_seen + len(at.unread))
+        self.logprobs: list[TokenLogprobs] = []
+        """Of every token, if `logprobs` was asked for."""
+        at, llm = session._at, session.llm
+        pieces = llm.tokenizer.token_bytes if order.sampling.penalises else None
+        constraint = None if order.grammar is None else llm.guide.start(order.grammar)
+        step = at.state.tokens_seen + len(at.unread)
+        self._sampler = Sampler(order.sampling, order.seed, pieces, step=step, constraint=constraint)
+        self._verifier: Verifier | None = None
+        if order.speculate is not None:
+            from rookery.engine.speculate import Verifier
+
+            self._verifier = Verifier(session, order)
 
     def __iter__(self) -> Self:
         return self
@@ -298,23 +368,38 @@ class TokenStream:
     @property
     def full(self) -> bool:
         """True if no token may come any more: the next step ends the stream without the model."""
-        return self.finish_reason is None and len(self.tokens) >= self.order.max_tokens
+        return self.finish_reason is None and (self._sampler.complete or len(self.tokens) >= self.order.max_tokens)
+
+    @property
+    def guessed(self) -> tuple[int, int]:
+        """Tokens that were guessed, and how many of them came."""
+        return (0, 0) if self._verifier is None else (self._verifier.guessed, self._verifier.right)
 
     def advance(self) -> int | None:
         """The next token; None at the end."""
         if self.full:
-            self.finish_reason = "length"
+            self.finish_reason = "end" if self._sampler.complete else "length"
         if self.finish_reason is not None:
             return None
-        self.session._read(self.session._at)
-        token = self._sampler.next(self.session._at.logits)
+        logits = self._logits()
+        token = self._sampler.next(logits)
         if token in self.order.ends:
             self.finish_reason = "end"
             return None
         self._sampler.accept(token)
+        if self.order.logprobs is not None:
+            self.logprobs.append(logprobs_of(logits, token, self.order.logprobs))
         self.tokens.append(token)
         self.session._at.add([token])
+        self.session.context.append(token)
         return token
+
+    def _logits(self) -> np.ndarray:
+        """What follows the text so far."""
+        if self._verifier is not None:
+            return self._verifier.logits(self.order.max_tokens - len(self.tokens))
+        self.session._read(self.session._at)
+        return self.session._at.logits
 
     def close(self) -> None:
         """Ends the stream; harmless when it has ended."""
@@ -381,6 +466,16 @@ class TextStream:
         return self._decoder.copy().finish()
 
     @property
+    def logprobs(self) -> list[TokenLogprobs]:
+        """Of every token, if `logprobs` was asked for."""
+        return self._source.logprobs
+
+    @property
+    def guessed(self) -> tuple[int, int]:
+        """Tokens that were guessed, and how many of them came."""
+        return self._source.guessed
+
+    @property
     def full(self) -> bool:
         """True if no token may come any more: the next step ends the stream without the model."""
         return self._source.full
@@ -398,7 +493,7 @@ class TextStream:
             if behind and self._mark is None and clean:
                 # the token is not in the state yet: this is the last moment to keep the state without it
                 at = self.session._at
-                self._mark, self._since = Position(at.state.copy(), at.logits, recent=at.recent[:-1]), ""
+                self._mark, self._since = Position(at.state.copy(), at.logits, at.unread[:-1], at.recent[:-1]), ""
             self._since += text
             if not behind:
                 self._mark = None

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from rookery.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from rookery.engine.runners.protocol import Wanted, check_rows, select
+from rookery.engine.runners.protocol import Wanted, asked, check_rows, select
 from rookery.errors import BackendUnavailable, BadState, UnknownName
 from rookery.families.base import Recurrent
 
@@ -139,10 +139,10 @@ class NativeRunner:
         return state
 
     def forward(self, tokens: Sequence[int], state: NativeRowState, logits: Wanted = "last") -> np.ndarray:
-        """Reads tokens, advancing `state`; float32 logits [n, vocab], n = 0, 1 or all. The array is the caller's."""
+        """Reads tokens, advancing `state`; float32 logits [n, vocab] of the last places. The array is the caller's."""
         ids = _token_ids(tokens, self.config.vocab_size)
-        asked = {"none": 0, "last": min(1, len(ids)), "all": len(ids)}[logits]
-        return self._run(ids, [state], [len(ids)], np.arange(len(ids) - asked, len(ids), dtype=np.int32))
+        first = len(ids) - asked(logits, len(ids))
+        return self._run(ids, [state], [len(ids)], np.arange(first, len(ids), dtype=np.int32))
 
     def forward_batch(self, tokens: Sequence[int], states: Sequence[NativeRowState]) -> np.ndarray:
         """Reads one token in each state, advancing all of them; float32 logits [rows, vocab]."""
@@ -162,10 +162,10 @@ class NativeRunner:
         ids = [_token_ids(row, self.config.vocab_size) for row in rows]
         check_rows(ids, states, logits)
         ends = np.cumsum([len(row) for row in ids])
-        asked = [{"none": 0, "last": min(1, len(row)), "all": len(row)}[how] for row, how in zip(ids, logits)]
-        wanted = np.concatenate([np.arange(end - count, end, dtype=np.int32) for end, count in zip(ends, asked)])
+        counts = [asked(how, len(row)) for row, how in zip(ids, logits)]
+        wanted = np.concatenate([np.arange(end - count, end, dtype=np.int32) for end, count in zip(ends, counts)])
         together = self._run(np.concatenate(ids), list(states), [len(row) for row in ids], wanted)
-        return np.split(together, np.cumsum(asked)[:-1])
+        return np.split(together, np.cumsum(counts)[:-1])
 
     def select(self, states: Sequence[NativeRowState], rows: Sequence[int]) -> list[NativeRowState]:
         """States by index, in any order and number; one that is chosen once is not copied."""

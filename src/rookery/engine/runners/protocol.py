@@ -5,8 +5,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-Wanted = Literal["none", "last", "all"]
-"""Which positions' logits a call computes: the head is a large part of the work, so prefill asks for the last alone."""
+Wanted = Literal["none", "last", "all"] | int
+"""Which positions' logits a call computes, or how many of the last ones: the head is a large part of the work, so
+prefill asks for the last alone."""
 
 
 class RowState(Protocol):
@@ -44,7 +45,7 @@ class Runner(Protocol):
         """The state before the first token, or the one that `RowState.tensors` gave; BadState where it does not fit."""
 
     def forward(self, tokens: Sequence[int], state: RowState, logits: Wanted = "last") -> np.ndarray:
-        """Reads tokens, advancing `state`; float32 logits [n, vocab], n = 0, 1 or all. The array is the caller's."""
+        """Reads tokens, advancing `state`; float32 logits [n, vocab] of the last places. The array is the caller's."""
 
     def forward_rows(
         self, rows: Sequence[Sequence[int]], states: Sequence[RowState], logits: Sequence[Wanted]
@@ -57,6 +58,11 @@ class Runner(Protocol):
 
     def select(self, states: Sequence[RowState], rows: Sequence[int]) -> list[RowState]:
         """States by index, in any order and number: what beam search keeps. The given ones are used up."""
+
+
+def asked(wanted: Wanted, tokens: int) -> int:
+    """Of how many positions logits are wanted, the last ones of `tokens`."""
+    return min(tokens, {"none": 0, "last": 1, "all": tokens}.get(wanted, wanted))
 
 
 def check_rows(rows: Sequence[Sequence[int]], states: Sequence[RowState], logits: Sequence[Wanted]) -> None:

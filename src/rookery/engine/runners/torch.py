@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from rookery.checkpoints.checkpoint import Checkpoint
-from rookery.engine.runners.protocol import Wanted, check_rows, select
+from rookery.engine.runners.protocol import Wanted, asked, check_rows, select
 from rookery.nn.language_model import LanguageModel
 from rookery.state import State, cat
 
@@ -88,10 +88,10 @@ class TorchRunner:
         device = state.state.tokens_seen.device
         row = torch.tensor(list(tokens), dtype=torch.int64, device=device)[None]
         features, state.state = self.model.features(row, state.state, None)
-        asked = {"none": 0, "last": min(1, len(tokens)), "all": len(tokens)}[logits]
-        if not asked:
+        count = asked(logits, len(tokens))
+        if not count:
             return np.empty((0, self.config.vocab_size), np.float32)
-        return self.model.head(features[:, -asked:])[0].float().cpu().numpy()
+        return self.model.head(features[:, -count:])[0].float().cpu().numpy()
 
     @torch.inference_mode()
     def forward_rows(
@@ -113,12 +113,12 @@ class TorchRunner:
         for i, state in enumerate(states):
             state.batch, state.row = batch, i
         features = features.flatten(0, 1)
-        asked = [{"none": 0, "last": 1, "all": n}[how] for n, how in zip(lengths, logits)]
-        places = [end - n + i for end, n in zip(np.cumsum(lengths).tolist(), asked) for i in range(n)]
+        counts = [asked(how, n) for n, how in zip(lengths, logits)]
+        places = [end - n + i for end, n in zip(np.cumsum(lengths).tolist(), counts) for i in range(n)]
         if not places:
             return [np.empty((0, self.config.vocab_size), np.float32) for _ in rows]
         together = self.model.head(features[None, places])[0].float().cpu().numpy()
-        return np.split(together, np.cumsum(asked)[:-1])
+        return np.split(together, np.cumsum(counts)[:-1])
 
     def select(self, states: Sequence[TorchRowState], rows: Sequence[int]) -> list[TorchRowState]:
         """States by index, in any order and number: one `State.select` where the rows are those of one batch."""
