@@ -55,7 +55,7 @@ def arms(work: Work, vocab_size: int) -> list[Arm]:
 def recipe(work: Work) -> TrainConfig:
     """The run that all arms share."""
     learned, held_out, tokenizer = text(work)
-    steps = work.size(quick=8, default=220, full=1500)
+    steps = work.size(quick=8, default=600, full=3000)
     return TrainConfig(
         data=DataConfig(
             path=",".join(map(str, learned)),
@@ -65,7 +65,7 @@ def recipe(work: Work) -> TrainConfig:
         ),
         optim=OptimConfig(lr=2e-3, final_lr=1e-4, warmup_steps=min(20, steps // 4)),
         steps=steps,
-        batch_size=work.size(quick=4, default=8, full=8),
+        batch_size=4,
         save_every=work.size(quick=8, default=100, full=100),
         validate_every=0,
         keep=1,
