@@ -7,7 +7,8 @@ from rookery.data.generated import UNLABELLED
 from rookery.data.recall import Recall
 from rookery.evaluate.positions import loss_by_position, mean_by_stretch
 from rookery.models import create_model
-from rookery.reproduce.arms import Arm, Fit, accuracy, fit, labelled_loss, matched, parameters, smooth
+from rookery.reproduce.arms import Arm, Fit, accuracy, fit, labelled_loss, matched, parameters, searched, smooth
+from rookery.reproduce.base import Work
 from rookery.reproduce.state_tracking import wide
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 256, "head_dim": 32}
@@ -63,6 +64,24 @@ def test_loss_by_position_is_the_loss():
     assert losses.shape == (8,)
     assert losses[3] == pytest.approx(float(wanted), abs=1e-6)
     assert mean_by_stretch(losses, 3).tolist() == pytest.approx([losses[:3].mean(), losses[3:6].mean()])
+
+
+def test_the_best_rate_of_the_first_seed_is_used_for_all(tmp_path):
+    trained = []
+
+    def train(arm, seed, rate):
+        trained.append((seed, rate))
+        return {"accuracy": 1 - abs(rate - 0.2) + seed}
+
+    work = Work(scale="default", folder=tmp_path)
+    settings = {"seeds": (0, 1), "train": train, "score": lambda part: part["accuracy"]}
+    assert searched(work, Arm(name="a"), rates=(0.1, 0.2, 0.4), **settings) == (
+        0.2,
+        [{"accuracy": 1.0}, {"accuracy": 2.0}],
+    )
+    assert trained == [(0, 0.1), (0, 0.2), (0, 0.4), (1, 0.2)]
+    assert searched(work, Arm(name="b"), rates=(0.3,), **settings)[0] == 0.3
+    assert trained[4:] == [(0, 0.3), (1, 0.3)]
 
 
 def test_running_means_look_back():

@@ -9,7 +9,7 @@ import pytest
 from rookery.errors import MissingDependency, UnknownName
 from rookery.reproduce import reproduction
 from rookery.reproduce.base import Outcome, Reproduction, Work
-from rookery.reproduce.report import cell, markdown_table, mean_spread, require_matplotlib, write
+from rookery.reproduce.report import cell, markdown_table, mean_spread, reflow, require_matplotlib, write
 
 ROWS = [
     {"model": "ours", "baseline": False, "size": 1200, **mean_spread("loss", [1.0, 1.5])},
@@ -89,6 +89,11 @@ def test_numbers_are_written_for_people():
         "1.235",
     ]
     assert markdown_table([{"a": 1.0, "a ±": 0.5, "baseline": True}]) == "| a |\n|---|\n| 1.000 ± 0.500 * |"
+
+
+def test_paragraphs_are_wrapped_anew_and_lists_are_not():
+    assert reflow("one\ntwo\n\n- three\n- four\n", width=20) == "one two\n\n- three\n- four"
+    assert reflow("one two three", width=8) == "one two\nthree"
 
 
 def test_an_unknown_name_gets_the_nearest_one():

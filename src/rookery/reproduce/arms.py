@@ -165,6 +165,29 @@ def fit(
     return curve
 
 
+def searched(
+    work: Work,
+    arm: Arm,
+    *,
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    train: Callable[[Arm, int, float], dict[str, Any]],
+    score: Callable[[dict[str, Any]], float],
+) -> tuple[float, list[dict[str, Any]]]:
+    """The learning rate with the highest score on the first seed, and what `train(arm, seed, rate)` gives with it.
+
+    Every arm gets the same rates; without a search (one rate) or with it, a table says which. The results are parts.
+    """
+
+    def found(seed: int, rate: float) -> dict[str, Any]:
+        return work.part(f"{arm.name}-{seed}-{rate:g}", lambda: train(arm, seed, rate))
+
+    tried = {rate: score(found(seeds[0], rate)) for rate in rates} if len(rates) > 1 else {rates[0]: 0.0}
+    best = max(tried, key=tried.__getitem__)
+    # the first seed's part is there already, and not counted twice
+    return best, [found(seed, best) for seed in seeds]
+
+
 def smooth(values: Sequence[float], window: int) -> list[float]:
     """Running mean over the last `window` values, for curves."""
     return [statistics.fmean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]

@@ -75,7 +75,7 @@ class Work:
     """Parts that the experiment will ask for, for the estimate of the time left."""
     seconds: float = 0.0
     """Spent on all parts so far, those of earlier calls included."""
-    _done: int = field(default=0, repr=False)
+    _asked: dict[str, Any] = field(default_factory=dict, repr=False)
     _fresh: list[float] = field(default_factory=list, repr=False)
 
     def size(self, *, quick: T, default: T, full: T) -> T:
@@ -95,11 +95,13 @@ class Work:
 
         `key` names the part; it is a file name, so letters, digits, '-', '.' and '_' only.
         """
+        if key in self._asked:
+            return self._asked[key]
         path = self.folder / "parts" / f"{key}.json"
-        self._done += 1
         if path.exists():
             kept = json.loads(path.read_text(encoding="utf-8"))
             self.seconds += kept["seconds"]
+            self._asked[key] = kept["result"]
             return kept["result"]
         began = time.perf_counter()
         result = compute()
@@ -110,10 +112,12 @@ class Work:
             temporary.write_text(text, encoding="utf-8")
         self.seconds += took
         self._fresh.append(took)
+        self._asked[key] = json.loads(text)["result"]  # as a later call finds it: lists for tuples, text for numbers
         self._tell(key, took)
-        return json.loads(text)["result"]  # as a later call will find it: lists for tuples, text for integer keys
+        return self._asked[key]
 
     def _tell(self, key: str, took: float) -> None:
-        left = max(0, self.planned - self._done) * sum(self._fresh) / len(self._fresh)
+        done = len(self._asked)
+        left = max(0, self.planned - done) * sum(self._fresh) / len(self._fresh)
         rest = f", about {left / 60:.1f} min left" if left else ""
-        self.say(f"[{self._done}/{max(self.planned, self._done)}] {key}: {took:.1f} s{rest}")
+        self.say(f"[{done}/{max(self.planned, done)}] {key}: {took:.1f} s{rest}")

@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import statistics
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -93,7 +94,7 @@ def page(record: Mapping[str, Any], outcome: Outcome) -> str:
 
 **Verdict: {record["verdict"]} at this scale.**
 {note}
-{outcome.findings.strip()}
+{reflow(outcome.findings)}
 
 ![plot of {name}]({name}.png)
 
@@ -104,11 +105,21 @@ The baseline's row is marked with *. A figure after ± is half the range over th
 
 ## How it was run
 
-{outcome.setup.strip()}
+{reflow(outcome.setup)}
 
 Made by `{record["command"]}` in {duration(record["seconds"])} on {record["machine"]}, {record["date"]}.
 The figures are also in [{name}.json]({name}.json).
 """
+
+
+def reflow(text: str, width: int = 120) -> str:
+    """Markdown with its paragraphs wrapped anew; lists, tables, quotes and indented blocks stay as they are."""
+    blocks = text.strip().split("\n\n")
+    kept = ("-", "*", "|", ">", "!", "#", "`", " ", "1")
+    return "\n\n".join(
+        block if block.startswith(kept) else textwrap.fill(block, width, break_long_words=False, break_on_hyphens=False)
+        for block in blocks
+    )
 
 
 def index(out: Path) -> str:

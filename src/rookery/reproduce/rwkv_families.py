@@ -166,17 +166,15 @@ def judge(table: list[dict[str, Any]]) -> tuple[bool, str]:
     drift = {name: row[LAST] - row[LATE] for name, row in by_name.items()}
     drifts = ", ".join(f"{name} {value:+.3f}" for name, value in drift.items())
     text = f"""The rule has three parts. RWKV-7's mean loss lies below that of every other model by more than
-both spreads
-together; the mean losses of RWKV-7, 6, 5 and 4 rise in this order; and at {BEYOND} times the training length RWKV-7's
-loss is at most 0.02 bits per byte above that of the last quarter of the training length.
+both spreads together; the mean losses of RWKV-7, 6, 5 and 4 rise in this order; and at {BEYOND} times the training
+length RWKV-7's loss is at most 0.02 bits per byte above that of the last quarter of the training length.
 
 RWKV-7 on held-out text, within the training length, lies
 
 {chr(10).join(lines)}
 
 The first part is {"met" if apart else "not met"}, the second is {"met" if ordered else "not met"}. From the
-last quarter of the training length to {BEYOND} times it, the
-loss changes by (bits per byte): {drifts}. The third part is {"met" if holds else "not met"}.
+last quarter of the training length to {BEYOND} times it, the loss changes by (bits per byte): {drifts}. The third part is {"met" if holds else "not met"}.
 
 All arms have one learning rate, which none of them was searched for, and the models are tiny: this compares families
 under one recipe, not their limits. The tokens per second were measured while training, on a machine that other work may
@@ -188,15 +186,13 @@ def setup(config: TrainConfig, contenders: list[Arm]) -> str:
     tokens = config.steps * config.batch_size * config.data.sequence_length
     sizes = contenders[0].overrides
     optim = config.optim
-    return f"""Every model has {sizes["num_hidden_layers"]} blocks of width {sizes["hidden_size"]}; the MLP is
-widened until the
-parameters match RWKV-7's. The GPT has rotary positions, SDPA, RMS norm and a gated MLP. All read the same
+    return f"""Every model has {sizes["num_hidden_layers"]} blocks of width {sizes["hidden_size"]}; the MLP is widened
+until the parameters match RWKV-7's. The GPT has rotary positions, SDPA, RMS norm and a gated MLP. All read the same
 {tokens:,} tokens in the same order: English Wikipedia of 2024 and Shakespeare, in a vocabulary of
-{sizes["vocab_size"]} pieces;
-held out are articles of January 2025. {config.steps} steps of {config.batch_size} ×
-{config.data.sequence_length} tokens in {config.dtype},
-AdamW, learning rate {optim.lr:g} to {optim.final_lr:g} (cosine), weight decay {optim.weight_decay:g} on
-matrices, gradients clipped at
+{sizes["vocab_size"]:,} pieces; held out are articles of January 2025.
+
+{config.steps} steps of {config.batch_size} × {config.data.sequence_length} tokens in {config.dtype}, AdamW, learning
+rate {optim.lr:g} to {optim.final_lr:g} (cosine), weight decay {optim.weight_decay:g} on matrices, gradients clipped at
 {optim.clip:g}. The initial weights are each family's published ones."""
 
 

@@ -137,31 +137,28 @@ def judge(table: list[dict[str, Any]]) -> tuple[bool, str]:
         for name, row in (("one block", one), ("two blocks", two))
     )
     text = f"""The rule has two parts. One block of RWKV-7 with the wide range of eigenvalues reaches 0.99 at
-{TRIED[0]} and
-{TRIED[1]} tokens and 0.9 at {TRIED[2]}, having been trained on {LENGTH} at most; and one block of RWKV-6, 5, 4
-and of the
-GPT stays at or below 0.5 at {LENGTH}.
+{TRIED[0]} and {TRIED[1]} tokens and 0.9 at {TRIED[2]}, having been trained on {LENGTH} at most; and one block of
+RWKV-6, 5, 4 and of the GPT stays at or below 0.5 at {LENGTH}.
 
 The first part is {"met" if follows else "not met"}:
 {", ".join(f"{best[f'accuracy at {n}']:.3f} at {n}" for n in TRIED)}.
 The second is {"met" if fail else "not met"}: {", ".join(f"{name} {value:.2f}" for name, value in figures.items())}.
 
-The stock RWKV-7, whose eigenvalues along κ̂ end near 0 − they would have to reach −1 for a swap −, gets ({stock}).
-What the wide range is worth is the difference to the first row; no published model has it."""
+A swap needs a transition with the eigenvalue −1 and no decay. The stock RWKV-7's eigenvalue along κ̂, the decay minus
+the rate, does not fall below −0.46, and not below 0 where nothing decays. Its accuracies: {stock}. What the wide range is worth is the difference to the first row; no published model has it."""
     return follows and fail, text
 
 
 def setup(how: Fit, contenders: list[Arm]) -> str:
     sizes = contenders[1].overrides
-    return f"""The word problem of S5: tokens are the identity and the ten swaps of five things, the answer at
-every position
-is the product so far, one of 120 (chance {WordProblem().chance:.4f}). Width {sizes["hidden_size"]}, heads of
-{sizes["head_dim"]}, MLP of {sizes["intermediate_size"]}; {how.steps} steps of {how.batch_size} fresh rows,
-whose length grows from
-3 to {LENGTH} over the first half; AdamW, learning rate {how.lr:g} with warm-up and cosine for all arms, not searched.
-Accuracy over all positions of {how.test_rows} rows that training never saw. The arms are whole models of the
-library, token
-shift and channel mix included; the GPT has rotary positions."""
+    return f"""The word problem of S5: tokens are the identity and the ten swaps of five things, the answer at every
+position is the product so far, one of 120 (chance {WordProblem().chance:.4f}). Width {sizes["hidden_size"]}, heads of
+{sizes["head_dim"]}, MLP of {sizes["intermediate_size"]}; the arms are whole models of the library, token shift and
+channel mix included; the GPT has rotary positions.
+
+{how.steps} steps of {how.batch_size} fresh rows, whose length grows from 3 to {LENGTH} over the first half; AdamW,
+learning rate {how.lr:g} with warm-up and cosine for all arms, not searched. Accuracy over all positions of
+{how.test_rows} rows that training never saw."""
 
 
 def draw(figure: "Figure", by_arm: dict[str, list[dict[str, Any]]]) -> None:
