@@ -118,7 +118,8 @@ def setup(how: Fit, rates: tuple[float, ...]) -> str:
     listed = ", ".join(f"{rate:g}" for rate in rates)
     chosen = f"the best of {listed} on the first seed" if len(rates) > 1 else f"{listed}, not searched"
     return f"""Multi-query associative recall: {TASK.pairs} pairs, then each key once, {TASK.length} tokens, a
-vocabulary of {TASK.vocab_size}, random filler, distances of power {TASK.alpha} (chance {TASK.chance:.4f}). Training rows hold
+vocabulary of {TASK.vocab_size}, random filler, distances of power {TASK.alpha} (chance {TASK.chance:.4f}).
+Training rows hold
 {TASK.pairs // 4}, {TASK.pairs // 2} or {TASK.pairs} pairs in turn. Two blocks of width 64, heads of 16, low ranks of
 16 (gate 32): whole models of the library with their published initial weights.
 

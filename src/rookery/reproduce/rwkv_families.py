@@ -55,7 +55,7 @@ def arms(work: Work, vocab_size: int) -> list[Arm]:
 def recipe(work: Work) -> TrainConfig:
     """The run that all arms share."""
     learned, held_out, tokenizer = text(work)
-    steps = work.size(quick=8, default=600, full=3000)
+    steps = work.size(quick=8, default=220, full=1500)
     return TrainConfig(
         data=DataConfig(
             path=",".join(map(str, learned)),
@@ -65,7 +65,7 @@ def recipe(work: Work) -> TrainConfig:
         ),
         optim=OptimConfig(lr=2e-3, final_lr=1e-4, warmup_steps=min(20, steps // 4)),
         steps=steps,
-        batch_size=4,
+        batch_size=work.size(quick=4, default=8, full=8),
         save_every=work.size(quick=8, default=100, full=100),
         validate_every=0,
         keep=1,
@@ -174,7 +174,8 @@ RWKV-7 on held-out text, within the training length, lies
 {chr(10).join(lines)}
 
 The first part is {"met" if apart else "not met"}, the second is {"met" if ordered else "not met"}. From the
-last quarter of the training length to {BEYOND} times it, the loss changes by (bits per byte): {drifts}. The third part is {"met" if holds else "not met"}.
+last quarter of the training length to {BEYOND} times it, the loss changes by (bits per byte): {drifts}. The
+third part is {"met" if holds else "not met"}.
 
 All arms have one learning rate, which none of them was searched for, and the models are tiny: this compares families
 under one recipe, not their limits. The tokens per second were measured while training, on a machine that other work may
