@@ -6,6 +6,7 @@ outside and keeps its class: `logits, state = model(tokens, state)` as before, o
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -90,6 +91,14 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         for inner, parameter in layer.named_parameters()
         if not inner.startswith("base_layer.")
     }
+
+
+def fingerprint_of(model: LanguageModel) -> str:
+    """Names the model with its adapter in state files: its states are not those of the model without."""
+    digest = hashlib.sha256(model.fingerprint().encode())
+    for name, tensor in sorted(adapter_tensors(model).items()):
+        digest.update(name.encode() + to_numpy(tensor).tobytes())
+    return digest.hexdigest()[:32]
 
 
 @torch.no_grad()

@@ -16,6 +16,8 @@ import json
 import sys
 from typing import Any
 
+from rookery.cli.train import before_torch
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", metavar="TASK", help="one of the tasks above")
@@ -56,6 +58,7 @@ OPTIONS = {
 
 
 def run(args: argparse.Namespace) -> int:
+    before_torch()
     from rookery.evaluate.run import evaluate, load_for_evaluation
 
     options = {name: getattr(args, name) for name in OPTIONS.get(args.task, ()) if getattr(args, name) is not None}

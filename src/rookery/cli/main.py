@@ -14,6 +14,7 @@ VERBS = {
     "generate": "continue a text",
     "chat": "talk to a model that was trained to",
     "train": "train a model from a recipe, or go on where it stopped",
+    "finetune": "train a model further: adapters, start states, preferences",
     "eval": "measure a model: perplexity and benchmarks",
     "recipes": "list the named training runs",
     "reproduce": "try a paper's claim on this machine",

@@ -30,6 +30,11 @@ def before_torch() -> None:
 
 
 def run(given: argparse.Namespace) -> int:
+    return run_recipe(given, default="tiny-test")
+
+
+def run_recipe(given: argparse.Namespace, default: str) -> int:
+    """Trains as the command line says; `default` is the recipe of a TOML file that names none."""
     before_torch()
     from rookery.recipes import recipe
     from rookery.train.config import describe, overlay, parse_settings, read_toml
@@ -38,7 +43,7 @@ def run(given: argparse.Namespace) -> int:
     name = given.recipe
     if name.endswith(".toml"):
         values = read_toml(Path(name))
-        name = values.pop("recipe", "tiny-test")
+        name = values.pop("recipe", default)
     config = overlay(overlay(recipe(name), values), parse_settings(given.set))
     if given.dry_run:
         print(describe(config))

@@ -38,7 +38,10 @@ class Sample:
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Place (for messages) and content of every record of a .jsonl file or of the list in a .json file."""
+    """Place (for messages) and content of every record of a .jsonl file or of the list in a .json file.
+
+    Any other file is one record, its whole text.
+    """
     if not path.exists():
         raise FileNotFoundError(f"there is no data file {str(path)!r}")
     if path.suffix == ".json":
@@ -47,6 +50,9 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise ValueError(f"{path} holds one {type(content).__name__}, expected a list of records")
         for number, record in enumerate(content, 1):
             yield (place := f"{path}, record {number}"), _record(record, place)
+        return
+    if path.suffix != ".jsonl":
+        yield str(path), {"text": path.read_text(encoding="utf-8")}
         return
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):

@@ -32,48 +32,52 @@ def collate(samples: Sequence[Sample]) -> PackedBatch:
     return PackedBatch(*(torch.from_numpy(array) for array in (inputs[None], targets[None], ends)))
 
 
-def shortened(samples: Sequence[Sample], length: int) -> tuple[list[Sample], int]:
-    """Samples cut to `length` inputs, without those that then teach nothing; and how many were cut or left out."""
+def fitted(samples: Sequence[Sample], length: int) -> tuple[list[Sample], int]:
+    """Samples of at most `length` inputs; and how many lost something.
+
+    Texts that are learned whole are cut into pieces, each of which begins where the one before ends. Of conversations
+    the beginning stays; those that then teach nothing are left out.
+    """
     kept, changed = [], 0
     for sample in samples:
-        whole = len(sample.tokens) <= length + 1
-        short = sample if whole else Sample(sample.tokens[: length + 1], sample.learned[: length + 1])
-        teaches = len(short.tokens) > 1 and short.learned.any()
-        changed += not whole or not teaches
+        tokens, learned = sample.tokens, sample.learned
+        if len(tokens) > length + 1 and learned[1:].all():
+            starts = range(0, len(tokens) - 1, length)
+            kept += [Sample(tokens[i : i + length + 1], learned[i : i + length + 1]) for i in starts]
+            continue
+        short = Sample(tokens[: length + 1], learned[: length + 1])
+        teaches = bool(short.learned[1:].any())
+        changed += len(tokens) > length + 1 or not teaches
         if teaches:
             kept.append(short)
     return kept, changed
 
 
 class Packs:
-    """Batches of whole documents in an order that is a pure function of the seed and the step.
+    """Which documents each step learns from, in an order that is a pure function of the seed and the step.
 
     Every pass shuffles the documents anew and fills each batch with as many as fit into `budget` tokens. A resumed run
     sees what an uninterrupted one would have seen.
     """
 
-    def __init__(self, samples: Sequence[Sample], budget: int, seed: int) -> None:
-        """Raises ValueError where a sample is longer than `budget` inputs."""
-        self.samples, self.budget, self.seed = samples, budget, seed
-        self._lengths = np.array([len(sample.tokens) - 1 for sample in samples])
-        if not len(samples) or self._lengths.max() > budget:
-            raise ValueError(f"every sample must have 1 to {budget} tokens; got {len(samples)} samples")
+    def __init__(self, lengths: Sequence[int], budget: int, seed: int) -> None:
+        """`lengths` are the documents' tokens; ValueError where there are none or one is longer than `budget`."""
+        self.budget, self.seed = budget, seed
+        self._lengths = np.array(lengths, np.int64)
+        if not len(lengths) or self._lengths.max() > budget:
+            raise ValueError(f"documents need 1 to {budget} tokens each, and there must be one; got {len(lengths)}")
         self._batches: list[np.ndarray] = []
         self._epochs = 0
 
     def indices(self, step: int) -> np.ndarray:
-        """Which samples `step` (from 1) learns from, int64."""
+        """Which documents `step` (from 1) learns from, int64."""
         while len(self._batches) < step:
             self._batches += self._epoch(self._epochs)
             self._epochs += 1
         return self._batches[step - 1]
 
-    def batch(self, step: int) -> PackedBatch:
-        """The samples of `step` (from 1) in one row."""
-        return collate([self.samples[i] for i in self.indices(step)])
-
     def _epoch(self, epoch: int) -> list[np.ndarray]:
-        order = np.random.Generator(np.random.Philox(key=self.seed, counter=epoch)).permutation(len(self.samples))
+        order = np.random.Generator(np.random.Philox(key=self.seed, counter=epoch)).permutation(len(self._lengths))
         batches, first, filled = [], 0, 0
         for place, length in enumerate(self._lengths[order]):
             if filled + length > self.budget:

@@ -3,11 +3,23 @@
 from collections.abc import Callable
 
 from rookery.errors import unknown
+from rookery.recipes import finetune
 from rookery.recipes.embedded import embedded
 from rookery.recipes.tiny_test import tiny_test
 from rookery.train.config import TrainConfig
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {"embedded": embedded, "tiny-test": tiny_test}
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    "embedded": embedded,
+    "tiny-test": tiny_test,
+    "lora": finetune.lora,
+    "pissa": finetune.pissa,
+    "miss": finetune.miss,
+    "full": finetune.full,
+    "state": finetune.state_tuning,
+    "dpo": finetune.dpo,
+    "orpo": finetune.orpo,
+}
+"""Name -> recipe; those that start from a model (`FinetuneConfig`) belong to `rookery finetune`."""
 
 
 def recipe(name: str) -> TrainConfig:

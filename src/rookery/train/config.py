@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from rookery.adapt.config import AdaptConfig
 from rookery.errors import UnknownName, unknown
 
 
@@ -90,6 +91,48 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.data.validation_share < 1:
             raise ValueError(f"data.validation_share must lie in [0, 1), got {self.data.validation_share}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceConfig:
+    """How answers are preferred."""
+
+    beta: float = 0.1
+    """DPO: how much a preference may move the model away from what it was."""
+    smoothing: float = 0.0
+    """DPO: share of pairs that may be the wrong way round."""
+    weight: float = 0.1
+    """ORPO: weight of the preference beside the loss on the chosen answers (λ)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainConfig):
+    """One fine-tuning run. A step reads whole documents of up to batch_size × sequence_length tokens together."""
+
+    task: ClassVar[str] = "rookery.train.tasks.finetune:FinetuneTask"
+    base: str = ""
+    """Model to start from: a file, a folder, a Hub id, or "embedded" for the one that ships with the package."""
+    learn: Literal["sft", "dpo", "orpo"] = "sft"
+    """Answers and texts themselves, or which of two answers to prefer."""
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
+    """What of the model is trained."""
+    data: DataConfig = field(default_factory=lambda: DataConfig(tokenizer=""))
+    """`path` may hold text or conversations, see `rookery.data.jsonl`; no tokenizer: the base model's own."""
+    template: str = "g1"
+    """Chat template that conversations are written in."""
+    mask: Literal["assistant", "qa", "none"] = "assistant"
+    """Learned are: answers; answers of a `text` with "User:" and "Assistant:" in it; everything."""
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    merge: bool = False
+    """Whether to write the model with its adapter merged, too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.initial or self.overrides:
+            raise ValueError("a fine-tuning run starts from `base`: leave out `initial` and `overrides`")
+        for name, known in (("learn", ("sft", "dpo", "orpo")), ("mask", ("assistant", "qa", "none"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
 
 
 def overlay(config: Any, values: dict[str, Any], where: str = "") -> Any:

@@ -21,7 +21,7 @@ from rookery.train.optim import Optimizer, learning_rate
 from rookery.train.tasks.base import Task
 from rookery.train.track import Console, Metrics
 
-MAY_CHANGE = {"out", "steps", "save_every", "keep", "validate_every", "threads"}
+MAY_CHANGE = {"out", "steps", "save_every", "keep", "validate_every", "threads", "merge"}
 """Settings that a resumed run may have other than the run it continues."""
 
 
@@ -81,7 +81,7 @@ def prepare(config: TrainConfig) -> Run:
     """Model, optimiser and data of a run that has not begun."""
     module, _, name = config.task.partition(":")
     task = getattr(importlib.import_module(module), name)(config)
-    return Run(config, task, Optimizer(task.trained, config.optim, getattr(torch, config.dtype)))
+    return Run(config, task, Optimizer(task.trained, config.optim, task.dtype))
 
 
 def resume(run: Run, out: Path) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from rookery.nn.language_model import LanguageModel
@@ -14,6 +15,8 @@ class Task(Protocol):
     model: LanguageModel
     trained: nn.Module
     """Its parameters that require gradients are what the optimiser moves."""
+    dtype: torch.dtype
+    """What `trained` computes in; the optimiser keeps float32."""
 
     def batch(self, step: int) -> Any:
         """What `step` (from 1) learns from: a function of config and step, so that a resumed run is exact."""

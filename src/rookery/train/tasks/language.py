@@ -28,6 +28,7 @@ class LanguageTask:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
+        self.dtype = getattr(torch, config.dtype)
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         if not config.data.path:
             raise ValueError("no text to train on: give data.path, for example --set data.path=book.txt")

@@ -1,0 +1,202 @@
+"""Fine-tuning: a model that exists, what of it is trained, conversations or pairs, and what is written at the end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rookery.adapt.config import ADAPTERS
+from rookery.adapt.peft import INITIAL, attach, fingerprint_of, merge, restart_pissa, save_adapter, save_rwkv_peft
+from rookery.adapt.state_tuning import StartState, save_start
+from rookery.checkpoints import open_checkpoint
+from rookery.checkpoints.atomic import replacing
+from rookery.data.jsonl import Preference, Sample, read_preferences, read_samples
+from rookery.data.packing import IGNORED, PackedBatch, Packs, collate, fitted
+from rookery.engine.llm import EMBEDDED
+from rookery.models import load, save_model
+from rookery.tokenizers.pairing import resolve
+from rookery.train.config import FinetuneConfig
+from rookery.train.tasks.language import save_tokenizer
+from rookery.train.tasks.preference import (
+    References,
+    collate_pairs,
+    document_log_probs,
+    dpo_loss,
+    orpo_loss,
+    shortened_pairs,
+)
+from rookery.train.tasks.sft import sft_loss
+
+log = logging.getLogger("rookery")
+
+
+class Chosen(NamedTuple):
+    """Documents of one step."""
+
+    packed: PackedBatch
+    indices: np.ndarray
+
+
+class FinetuneTask:
+    """What a `FinetuneConfig` says."""
+
+    def __init__(self, config: FinetuneConfig) -> None:
+        if not config.base:
+            raise ValueError("no model to fine-tune: give base, for example --set base=model.pth or base=embedded")
+        if not config.data.path:
+            raise ValueError("nothing to learn from: give data.path, for example --set data.path=chats.jsonl")
+        self.config = config
+        # the state that texts start from is float32 always, as every state; the model it starts has the run's dtype
+        self.dtype = torch.float32 if config.adapt.method == "state" else getattr(torch, config.dtype)
+        self.path = str(EMBEDDED) if config.base == "embedded" else config.base
+        told = open_checkpoint(self.path).metadata
+        self.model = load(self.path, dtype=torch.float32)
+        vocab_size = self.model.config.vocab_size
+        self.tokenizer = resolve(config.data.tokenizer or None, vocab_size=vocab_size, path=self.path, metadata=told)
+        self.start: StartState | None = None
+        self.initial: dict[str, Tensor] = {}
+        self.trained: nn.Module = self._adapt()
+        self.documents, self.held_out = self._read()
+        self.packs = self._packs(self.documents, config.seed)
+        self.references: References | None = None
+
+    def _adapt(self) -> nn.Module:
+        config = self.config
+        if config.adapt.method == "full":
+            return self.model
+        if config.adapt.method in ADAPTERS:
+            self._attach(Path(config.out) / INITIAL)
+            return self.model
+        self.model.requires_grad_(False).eval().to(getattr(torch, config.dtype))
+        self.start = StartState(self.model, shifts=config.adapt.shifts)
+        return self.start
+
+    def _attach(self, kept: Path) -> None:
+        """Adapters; a resumed PiSSA takes up the pair that it began with, see `restart_pissa`."""
+        from safetensors.torch import load_file, save_file
+
+        adapt = self.config.adapt
+        if adapt.method == "pissa" and kept.is_file():
+            self.initial = load_file(kept)
+            restart_pissa(self.model, adapt, self.initial)
+            return
+        self.initial = attach(self.model, adapt, self.config.seed)
+        if self.initial:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(kept) as temporary:
+                save_file({name: tensor.contiguous() for name, tensor in self.initial.items()}, temporary)
+
+    def _read(self) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Documents, samples or pairs, that are learned and that are held out."""
+        config = self.config
+        length = config.data.sequence_length
+        found = []
+        for paths in filter(None, (config.data.path, config.data.validation)):
+            if config.learn == "sft":
+                documents, changed = fitted(read_samples(paths, self.tokenizer, config.template, config.mask), length)
+            else:
+                documents, changed = shortened_pairs(read_preferences(paths, self.tokenizer, config.template), length)
+            if changed:
+                reason = f"are longer than data.sequence_length, {length} tokens, and were cut or left out"
+                log.warning("%s: %d documents %s", paths, changed, reason)
+            found.append(documents)
+        learned, held_out = found if len(found) == 2 else _split(found[0], config.data.validation_share)
+        if not learned:
+            raise ValueError(f"nothing is left to learn from {config.data.path!r}; is data.sequence_length too small?")
+        return learned, held_out
+
+    def _packs(self, documents: Sequence[Any], seed: int) -> Packs:
+        config = self.config
+        rows = config.batch_size if config.learn == "sft" else max(2, config.batch_size)  # a pair is two documents
+        return Packs([_length(document) for document in documents], rows * config.data.sequence_length, seed)
+
+    def ready(self, out: Path) -> None:
+        if self.config.learn == "dpo":
+            pairs = [*self.documents, *self.held_out]
+            self.references = References.of_model(self.model, pairs, out / "reference.safetensors", self.start)
+
+    def batch(self, step: int) -> Chosen:
+        indices = self.packs.indices(step)
+        return Chosen(_packed([self.documents[i] for i in indices]), indices)
+
+    def tokens(self, batch: Chosen) -> int:
+        return batch.packed.inputs.numel()
+
+    def loss(self, batch: Chosen) -> dict[str, Tensor]:
+        config = self.config
+        if config.learn == "sft":
+            return {"loss": sft_loss(self.model, batch.packed, config.l2wrap, self.start)}
+        sums, counts = document_log_probs(self.model, batch.packed, self.start)
+        if config.learn == "orpo":
+            return orpo_loss(sums, counts, config.preference.weight)
+        reference = self.references.of(batch.indices.tolist()).to(sums)
+        return dpo_loss(sums, reference, config.preference.beta, config.preference.smoothing)
+
+    def after_step(self) -> None:
+        if self.start is not None:
+            self.start.project()
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Held-out loss, weighted by learned tokens (by pairs for preferences), and the share of pairs preferred."""
+        if not self.held_out:
+            return {}
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()  # no dropout
+        packs = self._packs(self.held_out, seed=0)
+        seen, totals, weights = 0, {}, 0
+        for step in range(1, len(self.held_out) + 1):
+            indices = packs.indices(step)
+            some = [self.held_out[i] for i in indices]
+            packed = _packed(some)
+            found = self.loss(Chosen(packed, indices + len(self.documents)))
+            weight = int((packed.targets != IGNORED).sum()) if self.config.learn == "sft" else len(some)
+            totals = {name: totals.get(name, 0.0) + weight * float(value) for name, value in found.items()}
+            weights += weight
+            seen += len(some)
+            if seen == len(self.held_out):
+                break
+        for module, training in modes.items():
+            module.training = training
+        return {f"validation_{name}": total / weights for name, total in totals.items()}
+
+    def export(self, out: Path) -> None:
+        """What was trained: model.safetensors, or adapter/ and adapter.pth, or state.safetensors and state.pth."""
+        config = self.config
+        if self.start is not None:
+            for name in ("state.safetensors", "state.pth"):
+                save_start(self.start, out / name, self.model)
+            return
+        if config.adapt.method in ADAPTERS:
+            save_adapter(self.model, out / "adapter", config.adapt, base=config.base, initial=self.initial)
+            if config.adapt.method != "bat":  # RWKV-PEFT's BAT is another one
+                save_rwkv_peft(self.model, out / "adapter.pth", config.adapt, initial=self.initial)
+            if not config.merge:
+                return
+            name = fingerprint_of(self.model)
+            merge(self.model)
+            self.model.known_as(name)  # what fingerprints sample of a model, no adapter changes
+        name = save_tokenizer(self.tokenizer, self.tokenizer.name, out)
+        save_model(self.model, out / "model.safetensors", metadata={"tokenizer": name})
+
+
+def _split(documents: Sequence[Any], share: float) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Documents to learn from and to hold out, these from the end; one alone is learned from."""
+    held = min(len(documents) - 1, max(1, round(len(documents) * share))) if share else 0
+    return documents[: len(documents) - held], documents[len(documents) - held :]
+
+
+def _packed(documents: Sequence[Sample | Preference]) -> PackedBatch:
+    return collate_pairs(documents) if isinstance(documents[0], Preference) else collate(documents)
+
+
+def _length(document: Sample | Preference) -> int:
+    if isinstance(document, Preference):
+        return _length(document.chosen) + _length(document.rejected)
+    return len(document.tokens) - 1

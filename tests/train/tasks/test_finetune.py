@@ -1,0 +1,177 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support.language import randomised
+
+from rookery.adapt.peft import load_adapter
+from rookery.adapt.state_tuning import load_start
+from rookery.checkpoints.adapter import adapted
+from rookery.checkpoints.checkpoint import open_checkpoint
+from rookery.engine.llm import LLM
+from rookery.models import load, save_model
+from rookery.recipes import RECIPES, recipe
+from rookery.train.config import FinetuneConfig, overlay
+from rookery.train.loop import TrainingFailed, prepare, train
+
+pytest.importorskip("peft")
+CHATS = [{"prompt": f"{a}+{b}?", "response": str(a + b)} for a in range(4) for b in range(4)]
+PAIRS = [{"prompt": f"{a}?", "chosen": "yes", "rejected": "no"} for a in range(10)]
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A few quick steps of LoRA on a small random model over bytes."""
+    save_model(randomised("rwkv7-test", dtype=torch.float32, vocab_size=256), tmp_path / "base.safetensors")
+    for name, records in (("chats", CHATS), ("pairs", PAIRS)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return overlay(
+        recipe("lora"),
+        {
+            "base": str(tmp_path / "base.safetensors"),
+            "data": {"path": str(tmp_path / "chats.jsonl"), "sequence_length": 48, "validation_share": 0.1},
+            "optim": {"lr": 1e-2, "final_lr": 1e-3},
+            "adapt": {"rank": 4},
+            "out": str(tmp_path / "run"),
+            "steps": 6,
+            "save_every": 2,
+            "validate_every": 3,
+        },
+    )
+
+
+def rows(config):
+    return [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def logits_of(model, state=None):
+    with torch.no_grad():
+        return model(torch.arange(1, 9)[None], state)[0]
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "miss", "bat"])
+def test_adapters_learn_and_what_is_written_does_the_same(config, method):
+    config = overlay(config, {"adapt": {"method": method}, "merge": True, "steps": 12})
+    base = load(config.base)
+    before = logits_of(base)
+    train(config)
+    losses = [row["loss"] for row in rows(config)]
+    assert losses[-1] < losses[0]
+    merged = logits_of(load(Path(config.out) / "model.safetensors"))
+    assert (merged - before).abs().max() > 1e-3
+    assert load(Path(config.out) / "model.safetensors").fingerprint() != base.fingerprint()
+    load_adapter(base, Path(config.out) / "adapter")
+    torch.testing.assert_close(logits_of(base), merged, rtol=1e-3, atol=1e-3)
+    by_verb = adapted(open_checkpoint(config.base), Path(config.out) / "adapter")
+    key = "blocks.1.att.key.weight"
+    ours = load(Path(config.out) / "model.safetensors").get_parameter(key)
+    torch.testing.assert_close(torch.from_numpy(by_verb[key]), ours, rtol=1e-3, atol=1e-4)
+    assert (Path(config.out) / "adapter.pth").exists() == (method != "bat")
+
+
+def test_all_weights_may_be_trained(config):
+    train(overlay(config, {"adapt": {"method": "full"}}))
+    trained, base = load(Path(config.out) / "model.safetensors"), load(config.base)
+    assert not torch.equal(trained.emb.weight, base.emb.weight)
+    assert not list(Path(config.out).glob("adapter*"))
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+def test_a_tuned_state_is_written_where_sessions_start_from(config, ending):
+    config = overlay(config, {"adapt": {"method": "state"}, "optim": {"lr": 0.1}})
+    train(config)
+    path = Path(config.out) / f"state.{ending}"
+    model = load(config.base)
+    tuned = logits_of(model, load_start(path, model)(1))
+    assert (tuned - logits_of(model)).abs().max() > 1e-3
+    session = LLM(config.base).session(path)
+    session.feed(list(range(1, 9)))
+    assert next(iter(session.stream_tokens(1, temperature=0, ignore_eos=True))) == int(tuned[0, -1].argmax())
+
+
+@pytest.mark.parametrize("learn", ["dpo", "orpo"])
+def test_preferences_are_learned(config, learn, tmp_path):
+    pairs = {"path": str(tmp_path / "pairs.jsonl")}
+    config = overlay(config, {"learn": learn, "data": pairs, "steps": 15, "batch_size": 2})
+    train(config)
+    assert rows(config)[-1]["margin"] > rows(config)[0]["margin"]
+    assert {"validation_loss", "validation_accuracy", "validation_margin"} <= rows(config)[-1].keys()
+    if learn == "dpo":
+        assert rows(config)[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+        assert (Path(config.out) / "reference.safetensors").exists()
+
+
+@pytest.mark.parametrize(("method", "dtype"), [("lora", "float32"), ("pissa", "bfloat16"), ("state", "bfloat16")])
+def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path, method, dtype):
+    config = overlay(config, {"adapt": {"method": method}, "dtype": dtype})
+    whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
+    train(whole)
+
+    class Crash(Exception):
+        pass
+
+    original = prepare(config).task.__class__.batch
+
+    def crashing(self, step):
+        if step == 4:
+            raise Crash
+        return original(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rookery.train.tasks.finetune.FinetuneTask.batch", crashing)
+        with pytest.raises(Crash):
+            train(config)
+    train(config)
+    assert [row["loss"] for row in rows(config)] == [row["loss"] for row in rows(whole)]
+
+
+def test_a_text_is_learned_in_pieces(config, tmp_path):
+    (tmp_path / "book.txt").write_text("To be, or not to be: that is the question. " * 9)
+    config = overlay(config, {"data": {"path": str(tmp_path / "book.txt"), "validation_share": 0.0}})
+    run = prepare(config)
+    total = sum(len(document.tokens) - 1 for document in run.task.documents)
+    assert total == len("To be, or not to be: that is the question. " * 9)
+    assert run.task.validate() == {}
+
+
+def test_long_conversations_are_reported(config, caplog):
+    with caplog.at_level("WARNING", "rookery"):
+        run = prepare(overlay(config, {"data": {"sequence_length": 22}}))
+    assert "documents are longer than data.sequence_length, 22 tokens" in caplog.text
+    assert run.task.documents
+    with pytest.raises(ValueError, match="nothing is left to learn from"):
+        prepare(overlay(config, {"data": {"sequence_length": 8}}))
+
+
+def test_every_recipe_says_what_it_is_for():
+    assert all(make.__doc__ for make in RECIPES.values())
+    assert sum(isinstance(make(), FinetuneConfig) for make in RECIPES.values()) == 7
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"base": ""}, "no model to fine-tune: give base"),
+        ({"data": {"path": ""}}, "nothing to learn from: give data.path"),
+        ({"initial": "x.pth"}, "a fine-tuning run starts from `base`"),
+        ({"learn": "ppo"}, "learn must be one of sft, dpo, orpo; got 'ppo'"),
+        ({"mask": "some"}, "mask must be one of assistant, qa, none"),
+    ],
+)
+def test_wrong_settings_are_explained(config, settings, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(overlay(config, settings))
+
+
+def test_a_folder_with_another_run_is_refused(config):
+    train(dataclasses.replace(config, steps=2))
+    with pytest.raises(TrainingFailed, match=r"other settings \(template\)"):
+        train(dataclasses.replace(config, template="world"))
+
+
+def test_the_embedded_model_has_a_name(config):
+    run = prepare(overlay(config, {"base": "embedded"}))
+    assert run.task.model.config.vocab_size == 2047
+    assert run.task.tokenizer.vocab_size == 2047
