@@ -145,7 +145,8 @@ The first part is {"met" if follows else "not met"}:
 The second is {"met" if fail else "not met"}: {", ".join(f"{name} {value:.2f}" for name, value in figures.items())}.
 
 A swap needs a transition with the eigenvalue −1 and no decay. The stock RWKV-7's eigenvalue along κ̂, the decay minus
-the rate, does not fall below −0.46, and not below 0 where nothing decays. Its accuracies: {stock}. What the wide range is worth is the difference to the first row; no published model has it."""
+the rate, does not fall below −0.46, and not below 0 where nothing decays. Its accuracies: {stock}.
+What the wide range is worth is the difference to the first row; no published model has it."""
     return follows and fail, text
 
 
