@@ -40,6 +40,16 @@ def test_a_quick_run_writes_page_plot_and_record(name, tmp_path, monkeypatch):
     assert not [part for part in tmp_path.iterdir() if part.suffix == ".part"]
 
 
+def test_a_second_call_draws_from_what_is_finished(tmp_path, capsys):
+    first = json.loads(run("recall", scale="quick", out=tmp_path).read_text("utf-8"))
+    assert "were there already" not in capsys.readouterr().err
+    (tmp_path / "recall.md").unlink()
+    again = json.loads(run("recall", scale="quick", out=tmp_path).read_text("utf-8"))
+    assert "10 parts were there already; to make them again, delete" in capsys.readouterr().err
+    assert again == first
+    assert (tmp_path / "recall.md").exists()
+
+
 @pytest.mark.parametrize("name", COMMITTED)
 def test_a_committed_record_has_its_page_and_plot(name):
     record = json.loads((PAGES / f"{name}.json").read_text("utf-8"))

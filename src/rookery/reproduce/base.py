@@ -75,6 +75,8 @@ class Work:
     """Parts that the experiment will ask for, for the estimate of the time left."""
     seconds: float = 0.0
     """Spent on all parts so far, those of earlier calls included."""
+    reused: int = 0
+    """Parts that earlier calls had finished."""
     _asked: dict[str, Any] = field(default_factory=dict, repr=False)
     _fresh: list[float] = field(default_factory=list, repr=False)
 
@@ -101,6 +103,7 @@ class Work:
         if path.exists():
             kept = json.loads(path.read_text(encoding="utf-8"))
             self.seconds += kept["seconds"]
+            self.reused += 1
             self._asked[key] = kept["result"]
             return kept["result"]
         began = time.perf_counter()

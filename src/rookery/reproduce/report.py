@@ -32,6 +32,8 @@ def run(name: str, *, scale: Scale = "default", data: str | Path | None = None, 
     work.folder.mkdir(parents=True, exist_ok=True)
     require_matplotlib()  # before the work, not after it
     outcome = tried.experiment(work)
+    if work.reused:
+        work.say(f"{work.reused} parts were there already; to make them again, delete {work.folder}")
     return write(tried, outcome, work, out)
 
 
