@@ -23,6 +23,7 @@ NB_MODULE(_native, m) {
       },
       "Instruction sets that this build has and this machine runs, the best one last.");
   m.def("available_cores", &rookery::available_cores, "Cores that this process may use.");
+  rookery::bind_bi_wkv(m);
   rookery::bind_cross_entropy(m);
   rookery::bind_relu_squared(m);
   rookery::bind_runtime(m);

@@ -1,10 +1,9 @@
-// Channels do not know of each other: lanes hold channels, and the loop runs over tokens. Sums are kept as multiples of
-// e^top, where top is the largest exponent in them, so that every exponential taken here is of a number ≤ 0.
+// Channels do not know of each other: lanes hold channels, and the loop runs over tokens.
 #include "kernels/wkv4.hpp"
 
 #include <utility>
 
-#include "core/math.hpp"
+#include "kernels/log_sums.hpp"
 
 namespace rookery {
 namespace ROOKERY_ISA {
@@ -14,101 +13,11 @@ using std::int64_t;
 
 constexpr int64_t chunk = wkv4_chunk;
 
-// Loads and stores `lanes` numbers, or the first few of them, of a tensor [tokens, channels].
-template <class Width>
-vfloat get(const HeadTensor& x, int64_t at, Width width) {
-  if (!x.data) return vfloat{};
-  if (x.bfloat16) return load(static_cast<const std::uint16_t*>(x.data) + at, width);
-  return load(static_cast<const float*>(x.data) + at, width);
-}
-
-template <class Width>
-void put(const HeadTensor& x, int64_t at, vfloat value, Width width) {
-  if (x.bfloat16)
-    store(static_cast<std::uint16_t*>(x.data) + at, value, width);
-  else
-    store(static_cast<float*>(x.data) + at, value, width);
-}
-
-// e^x for x ≤ 0, 0 where float32 has no more than a few digits of it.
-inline vfloat falling(vfloat x) {
-  const vfloat e = exp(x);
-  return x < splat(-87.0f) ? vfloat{} : e;
-}
-
-// A log decay may be −∞, which has no place in the arithmetic of `add`.
-inline vfloat bounded(vfloat log_w) {
-  const vfloat lowest = splat(-1e37f);
-  return log_w < lowest ? lowest : log_w;
-}
-
-// An exponent in two parts. A slow decay is added to it once per token, and rounded every time in the same direction:
-// in one float32, 1000 tokens would shift the weight of what is old by up to 1e-3.
-struct Exponent {
-  vfloat high, low;
-};
-
-inline Exponent operator-(Exponent x) { return {-x.high, -x.low}; }
-
-// x + step, exactly but for the rounding of the lower part.
-inline Exponent add(Exponent x, vfloat step) {
-  const vfloat y = step + x.low, sum = x.high + y, moved = sum - x.high;
-  return {sum, (x.high - (sum - moved)) + (y - moved)};
-}
-
-// e^(x − top) and e^(y − top) for top = max(x, y): one of them is 1.
-struct Pair {
-  vfloat x, y;
-  Exponent top;
-};
-
-inline Pair against_larger(Exponent x, Exponent y) {
-  const vfloat gap = (x.high - y.high) + (x.low - y.low), zero{}, one = splat(1.0f);
-  const vfloat small = falling(gap > zero ? -gap : gap);
-  const Exponent top{gap > zero ? x.high : y.high, gap > zero ? x.low : y.low};
-  return {gap > zero ? one : small, gap > zero ? small : one, top};
-}
-
-// Sums of e^k v and of e^k, as multiples of e^top.
-struct Sums {
-  vfloat weighted, total;
-  Exponent top;
-};
-
-// Moves the sums past a token; returns by what the old sums and the token were scaled.
-inline Pair advance(Sums& s, vfloat log_w, vfloat k, vfloat v) {
-  const Pair e = against_larger(add(s.top, log_w), {k, vfloat{}});
-  s = {e.x * s.weighted + e.y * v, e.x * s.total + e.y, e.top};
-  return e;
-}
-
-// What a token weighs beside the sums before it in its own output.
-inline Pair weigh(const Sums& s, vfloat u, vfloat k) { return against_larger(s.top, {u + k, vfloat{}}); }
-
 // Calls work(j, width) for every vector of a task's channels, j counted from the first channel of the tensor.
 template <class Work>
 void each_vector(const Wkv4Shape& shape, int64_t first, Work&& work) {
   const int64_t left = shape.channels - first;
   sweep(left < wkv4_channels ? left : wkv4_channels, [&](int64_t j, auto width) { work(first + j, width); });
-}
-
-template <class Width>
-Sums load_sums(const float* state, int64_t channels, int64_t j, Width width) {
-  return {load(state + j, width), load(state + channels + j, width), {load(state + 2 * channels + j, width), vfloat{}}};
-}
-
-// The same sums with an exponent of one part.
-inline Sums rounded(const Sums& s) {
-  // e^low = 1 + low, as low is no more than a rounding of high; the sum itself would round low away
-  return {s.weighted + s.weighted * s.top.low, s.total + s.total * s.top.low, {s.top.high, vfloat{}}};
-}
-
-template <class Width>
-void store_sums(float* state, int64_t channels, int64_t j, const Sums& s, Width width) {
-  const Sums r = rounded(s);
-  store(state + j, r.weighted, width);
-  store(state + channels + j, r.total, width);
-  store(state + 2 * channels + j, r.top.high, width);
 }
 
 // The average over what is in the sums and a token.
@@ -126,7 +35,7 @@ void advance(const Wkv4Piece& in, float* state, int64_t begin, int64_t end) {
     for (int64_t t = 0; t < in.tokens; ++t) {
       const vfloat k = load(in.k + t * c + j, width), v = load(in.v + t * c + j, width);
       store(in.y + t * c + j, average(s, u, k, v), width);
-      advance(s, log_w, k, v);
+      move_past(s, log_w, k, v);
       s = rounded(s);
     }
     store_sums(state, c, j, s, width);
@@ -150,7 +59,7 @@ void forward(const Wkv4Shape& shape, const Wkv4Inputs& in, const Wkv4Results& ou
       for (int64_t t = first; t < stop; ++t) {
         const vfloat k = get(in.k, t * c + j, width), v = get(in.v, t * c + j, width);
         put(out.y, t * c + j, average(s, u, k, v), width);
-        advance(s, log_w, k, v);
+        move_past(s, log_w, k, v);
       }
       store_sums(last, c, j, s, width);
     });
@@ -160,7 +69,7 @@ void forward(const Wkv4Shape& shape, const Wkv4Inputs& in, const Wkv4Results& ou
 // What the backward pass knows of every token of a chunk.
 struct Token {
   Sums before;
-  Pair step;  // of `advance`; its top is that of the sums after the token
+  Pair step;  // of `move_past`; its top is that of the sums after the token
 };
 
 // Gradients with respect to the true sums, as multiples of e^top. That exponent and the one of the sums at the same
@@ -212,7 +121,7 @@ void backward_chunk(
   Sums s = load_sums(checkpoint, c, j, width);
   for (int64_t t = first; t < stop; ++t) {
     tokens[t - first].before = s;
-    tokens[t - first].step = advance(s, p.log_w, get(in.k, t * c + j, width), get(in.v, t * c + j, width));
+    tokens[t - first].step = move_past(s, p.log_w, get(in.k, t * c + j, width), get(in.v, t * c + j, width));
   }
   if (last) carried.adjoint = {load(last + j, width), load(last + c + j, width), {-s.top.high, vfloat{}}};
   Parameters grad{};  // summed chunk by chunk: many small numbers onto one large one would lose digits

@@ -45,3 +45,18 @@ def test_a_decay_too_strong_for_chunks_is_refused_by_name_and_goes_to_the_defini
     assert OP.pick(None, **call).name == "reference"
     with pytest.raises(BackendUnavailable, match=r"goes down to -30, and chunks of 64 tokens need -2.5 or more"):
         wkv7(**call, backend="chunked")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decay", [(-0.6065, -0.5), (-0.6065, 0.0), (-1e-4, 0.0)], ids=["fast", "trained", "slow"])
+def test_65536_tokens_in_float32_are_those_in_float64(decay):
+    case = Case(batch=1, time=65536, heads=1, key=64, value=64, decay=decay)
+    call = arguments(case)
+    wide = {name: x.double() for name, x in contract.differentiable(call).items()}
+    want = contract.results(OP.backends["chunked"].run, wide)
+    for backend in runnable(call):
+        if backend != "reference":
+            got = contract.results(OP.backends[backend].run, call)
+            for name, x in want.items():
+                error = (got[name].double() - x).norm() / x.norm()
+                assert error < 2e-5, f"{backend}: {name} {error}"
