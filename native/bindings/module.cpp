@@ -25,6 +25,7 @@ NB_MODULE(_native, m) {
   m.def("available_cores", &rookery::available_cores, "Cores that this process may use.");
   rookery::bind_bi_wkv(m);
   rookery::bind_cross_entropy(m);
+  rookery::bind_packing(m);
   rookery::bind_relu_squared(m);
   rookery::bind_runtime(m);
   rookery::bind_token_shift(m);

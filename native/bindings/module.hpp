@@ -7,6 +7,7 @@ namespace rookery {
 
 void bind_bi_wkv(nanobind::module_& m);
 void bind_cross_entropy(nanobind::module_& m);
+void bind_packing(nanobind::module_& m);
 void bind_relu_squared(nanobind::module_& m);
 void bind_runtime(nanobind::module_& m);
 void bind_token_shift(nanobind::module_& m);

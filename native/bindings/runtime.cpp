@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "bindings/module.hpp"
+#include "bindings/tensor.hpp"
 #include "core/threads.hpp"
 #include "kernels/reading.hpp"
 #include "runtime/rwkv4.hpp"
@@ -25,24 +26,8 @@ using namespace nb::literals;
 namespace rookery {
 namespace {
 
-using Array = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 using Numbers = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-
-Tensor tensor(const Array& array) {
-  Tensor tensor{array.data(), Format::float32, {}};
-  for (std::size_t i = 0; i < array.ndim(); ++i) tensor.shape.push_back(static_cast<std::int64_t>(array.shape(i)));
-  const auto type = array.dtype();
-  if (type == nb::dtype<float>())
-    tensor.format = Format::float32;
-  else if (type == nb::dtype<std::uint16_t>())  // numpy itself knows no bfloat16
-    tensor.format = Format::bfloat16;
-  else if (type.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float) && type.bits == 16)
-    tensor.format = Format::float16;
-  else
-    throw std::invalid_argument("a tensor is neither float32, float16 nor uint16 (the bits of bfloat16)");
-  return tensor;
-}
 
 // A config's fields by name.
 struct Config {
@@ -88,6 +73,16 @@ std::unique_ptr<Model> make(
   throw std::invalid_argument("there is no runtime for the family " + family);
 }
 
+// The bytes of a packed matrix, with its format, order, outputs and inputs.
+Tensor packed_tensor(const Array& bytes, const nb::tuple& how) {
+  const auto out = nb::cast<std::int64_t>(how[2]), in = nb::cast<std::int64_t>(how[3]);
+  const Matrix matrix{bytes.data(), find_format(nb::cast<std::string>(how[0])),
+                      find_order(nb::cast<std::string>(how[1])), out, in};
+  if (!is_packed(matrix.format) || matrix.bytes() != bytes.nbytes())
+    throw std::invalid_argument("a packed matrix has another size than its description says");
+  return {matrix.data, matrix.format, {out, in}, matrix.order};
+}
+
 // A model and the Python arrays that it reads from.
 struct Loaded {
   std::unique_ptr<Model> runtime;
@@ -95,9 +90,10 @@ struct Loaded {
 
   Loaded(
       const std::string& family, const nb::dict& config, const std::map<std::string, Array>& arrays,
-      const std::string& isa, int threads) {
+      const std::string& isa, int threads, const nb::dict& packed) {
     std::map<std::string, Tensor> tensors;
-    for (const auto& [name, array] : arrays) tensors[name] = tensor(array);
+    for (const auto& [name, array] : arrays)
+      tensors[name] = packed.contains(name.c_str()) ? packed_tensor(array, nb::tuple(packed[name.c_str()])) : tensor(array);
     Weights weights(std::move(tensors));
     runtime = make(family, {config}, weights, find_isa(isa), threads);
     for (const std::string& name : weights.borrowed()) kept.emplace(name, arrays.at(name));
@@ -162,9 +158,11 @@ void bind_runtime(nb::module_& m) {
   m.def("read_memory", &read_memory, "array"_a, "threads"_a, "isa"_a = "",
         "Reads an array (but for its last bytes) from memory, as fast as it can be: the exclusive or of its words.");
   nb::class_<Loaded>(m, "Model", "A model that runs on the CPU.")
-      .def(nb::init<const std::string&, const nb::dict&, const std::map<std::string, Array>&, const std::string&, int>(),
-           "family"_a, "config"_a, "tensors"_a, "isa"_a, "threads"_a,
-           "`tensors` under their official names, bfloat16 as uint16.")
+      .def(nb::init<const std::string&, const nb::dict&, const std::map<std::string, Array>&, const std::string&, int,
+                    const nb::dict&>(),
+           "family"_a, "config"_a, "tensors"_a, "isa"_a, "threads"_a, "packed"_a = nb::dict(),
+           "`tensors` under their official names, bfloat16 as uint16. `packed`: name -> (format, order, outputs, "
+           "inputs) of those that are the bytes of packed matrices.")
       .def_prop_ro("state_size", [](const Loaded& model) { return model.runtime->sizes.state(); },
                    "Numbers of one sequence's state.")
       .def_prop_ro("in_place",

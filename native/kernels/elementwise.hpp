@@ -31,7 +31,7 @@ struct ElementwiseKernels {
   // x += parts[0] + parts[1] + …, each `stride` floats after the one before it; there is at least one.
   void (*add_parts)(float* x, const float* parts, std::int64_t number, std::int64_t stride, std::int64_t count);
   // Numbers of a format as float32.
-  void (*widen[format_count])(const void* x, float* out, std::int64_t count);
+  void (*widen[float_format_count])(const void* x, float* out, std::int64_t count);
 };
 
 ROOKERY_DECLARE_KERNELS(ElementwiseKernels, elementwise)

@@ -1,4 +1,5 @@
-// Every weight is widened to float32, so all formats of one order share their arithmetic.
+// Every weight is widened to float32, so all formats of one order share their arithmetic; packed ones are multiplied in
+// integer_product.cpp.
 #include "kernels/product.hpp"
 
 #include <algorithm>
@@ -6,6 +7,7 @@
 #include "core/math.hpp"
 #include "core/scratch.hpp"
 #include "core/simd.hpp"
+#include "kernels/integer_product.hpp"
 
 namespace rookery {
 namespace ROOKERY_ISA {
@@ -445,8 +447,12 @@ void by_columns(const Matrix& w, const Product& p, int64_t begin, int64_t end) {
 }  // namespace ROOKERY_ISA
 
 const ProductKernels ROOKERY_ISA::product{
-    {{by_rows<float>, by_rows<std::uint16_t>, by_rows<float16>},
-     {by_columns<float>, by_columns<std::uint16_t>, by_columns<float16>}},
-    ROOKERY_ISA::few_tokens};
+    {{by_rows<float>, by_rows<std::uint16_t>, by_rows<float16>, ROOKERY_ISA::int8_by_rows,
+      ROOKERY_ISA::q8_0_by_rows, ROOKERY_ISA::int4_by_rows, ROOKERY_ISA::int4_by_rows},
+     {by_columns<float>, by_columns<std::uint16_t>, by_columns<float16>, ROOKERY_ISA::int8_by_columns,
+      ROOKERY_ISA::q8_0_by_columns, ROOKERY_ISA::int4_by_columns, ROOKERY_ISA::int4_by_columns}},
+    ROOKERY_ISA::few_tokens,
+    ROOKERY_ISA::quantise,
+    ROOKERY_ISA::row};
 
 }  // namespace rookery

@@ -4,6 +4,14 @@ namespace rookery {
 
 using std::int64_t;
 
+namespace {
+constexpr int64_t smallest_group = 32;
+// Outputs of a matrix by columns that must not be cut.
+int64_t unit_of(const Matrix& matrix) {
+  return is_packed(matrix.format) ? packing(matrix.format).outputs_of_line() : 16;
+}
+}  // namespace
+
 Pass::Pass(const Model& model, const Call& call, int64_t mixes)
     : model_(model), sizes_(model.sizes), tokens_(call.tokens), segments_(call.segments), threads_(call.threads),
       count_(static_cast<int64_t>(call.tokens.size())), wanted_(call.wanted), first_(call.first),
@@ -21,6 +29,9 @@ void Pass::run(Workspace& memory) {
     hidden_ = memory.take(count_ * sizes_.hidden);
     partial_ = memory.take(sparse_ ? number_of_parts() * width : 0);
     active_ = reinterpret_cast<std::int32_t*>(memory.take(sizes_.hidden));
+    slot_ = (Integers::floats(count_, sizes_.width, smallest_group) + 15) / 16 * 16;
+    integers_ = memory.take(mixes_ * slot_);
+    hidden_integers_ = memory.take(Integers::floats(count_, sizes_.hidden, smallest_group));
     place(memory);
   });
   embed();
@@ -35,13 +46,17 @@ void Pass::run(Workspace& memory) {
 
 void Pass::embed() {
   const Matrix& embedding = model_.embedding_;
-  const auto widen = elementwise_.widen[static_cast<int>(embedding.format)];
   by_tokens([&](Range range) {
     for (int64_t t = range.begin; t < range.end; ++t) {
       float* x = x_ + t * sizes_.width;
-      const auto at = static_cast<std::size_t>(tokens_[static_cast<std::size_t>(t)]) *
-                      static_cast<std::size_t>(sizes_.width) * bytes_of(embedding.format);
-      widen(static_cast<const std::byte*>(embedding.data) + at, x, sizes_.width);
+      const int64_t token = tokens_[static_cast<std::size_t>(t)];
+      if (is_packed(embedding.format)) {
+        product_.row(embedding, token, x);
+      } else {
+        const auto at = static_cast<std::size_t>(token * sizes_.width) * bytes_of(embedding.format);
+        elementwise_.widen[static_cast<int>(embedding.format)](
+            static_cast<const std::byte*>(embedding.data) + at, x, sizes_.width);
+      }
       norm(model_.norm_in_, x, x);
     }
   });
@@ -62,10 +77,23 @@ void Pass::shift(std::size_t layer, const Norm& weights, const std::vector<float
   by_tokens([&](Range range) { token_shift_.forward[0](shift, mixed_, range.begin, range.end); });
 }
 
-void Pass::side_by_side(std::span<const Job> jobs) const {
-  int64_t total = 0;
-  for (const Job& job : jobs) total += job.matrix->out;
-  shared_out(total, 16, bytes_of_output(*jobs[0].matrix), [&](Range range) {
+Product Pass::prepared(const Matrix& matrix, Product product, int64_t slot) const {
+  if (!is_packed(matrix.format)) return product;
+  product.integers = Integers(integers_ + slot * slot_, product.tokens, matrix.in, packing(matrix.format).group);
+  by_tokens([&](Range range) {
+    product_.quantise(
+        product.x, product.x_stride, 0, matrix.in, range.begin, std::min(range.end, product.tokens), product.integers);
+  });
+  return product;
+}
+
+void Pass::side_by_side(std::span<Job> jobs) const {
+  int64_t total = 0, slot = 0;
+  for (Job& job : jobs) {
+    total += job.matrix->out;
+    if (is_packed(job.matrix->format)) job.product = prepared(*job.matrix, job.product, slot++);
+  }
+  shared_out(total, 16, jobs[0].matrix->bytes_of_output(), [&](Range range) {
     int64_t first = 0;
     for (const Job& job : jobs) {
       const Range part{std::max(range.begin - first, int64_t{0}), std::min(range.end - first, job.matrix->out)};
@@ -90,9 +118,8 @@ void Pass::second_factor(const LowRank& map, int64_t number, const float* low, f
 }
 
 void Pass::add_output(const Matrix& matrix) {
-  shared_out(sizes_.width, 16, bytes_of_output(matrix), [&](Range range) {
-    multiply(matrix, dense(y_, sizes_.width, x_, sizes_.width, true), range);
-  });
+  const Product product = prepared(matrix, dense(y_, sizes_.width, x_, sizes_.width, true));
+  shared_out(sizes_.width, 16, matrix.bytes_of_output(), [&](Range range) { multiply(matrix, product, range); });
 }
 
 // The receptance's outputs are shared out behind the hidden units.
@@ -101,14 +128,16 @@ void Pass::channel_mix(std::size_t i) {
   const int64_t width = sizes_.width, hidden = sizes_.hidden;
   shift(i, mix.norm, mix.mix, sizes_.layer_state() - width);
   const int64_t unit = sparse_ ? part_inputs : 16, units = (hidden + unit - 1) / unit * unit;
-  shared_out(units + mix.receptance.out, unit, bytes_of_output(mix.key), [&](Range range) {
+  const Product key = prepared(mix.key, dense(mixed_, width, hidden_, hidden));
+  const Product gate = prepared(mix.receptance, dense(mixed_ + count_ * width, width, gate_, width), 1);
+  shared_out(units + mix.receptance.out, unit, mix.key.bytes_of_output(), [&](Range range) {
     const Range of_hidden{range.begin, std::min(range.end, hidden)};
     const Range of_gate{std::max(range.begin, units) - units, range.end - units};
     if (!of_hidden.empty()) {
-      hidden_units(mix, of_hidden);
+      hidden_units(mix, key, of_hidden);
       if (sparse_) hidden_columns(mix, of_hidden);
     }
-    if (!of_gate.empty()) multiply(mix.receptance, dense(mixed_ + count_ * width, width, gate_, width), of_gate);
+    if (!of_gate.empty()) multiply(mix.receptance, gate, of_gate);
   });
   if (!mix.has_gate()) {
     add_hidden_columns(mix, x_);
@@ -123,9 +152,9 @@ void Pass::channel_mix(std::size_t i) {
 }
 
 // Hidden units `range`: relu(key · input)².
-void Pass::hidden_units(const ChannelMix& mix, Range range) {
+void Pass::hidden_units(const ChannelMix& mix, const Product& key, Range range) {
   const int64_t hidden = sizes_.hidden;
-  multiply(mix.key, dense(mixed_, sizes_.width, hidden_, hidden), range);
+  multiply(mix.key, key, range);
   for (int64_t t = 0; t < count_; ++t)
     relu_squared_.forward[0](hidden_ + t * hidden, hidden_ + t * hidden, range.begin, range.end);
 }
@@ -136,7 +165,17 @@ void Pass::hidden_columns(const ChannelMix& mix, Range units) {
   const int64_t width = sizes_.width;
   Product product = dense(hidden_, sizes_.hidden, partial_, width);
   product.active = active_ + units.begin;
-  product.active_count = find_active(active_ + units.begin, units);
+  if (is_packed(mix.value.format)) {
+    const Integers integers = hidden_integers(mix.value);
+    product_.quantise(hidden_, sizes_.hidden, units.begin, units.end, 0, count_, integers);
+    product.integers = integers;
+    product.active_count = find_active(active_ + units.begin, units, [&](int64_t t, int64_t j) {
+      return integers.values[t * integers.stride + j] != 0;
+    });
+  } else {
+    product.active_count = find_active(
+        active_ + units.begin, units, [&](int64_t t, int64_t j) { return hidden_[t * sizes_.hidden + j] != 0; });
+  }
   product.part_stride = count_ * width;
   product.part_begin = units.begin / part_inputs;
   product.part_end = (units.end + part_inputs - 1) / part_inputs;
@@ -154,17 +193,33 @@ void Pass::add_hidden_columns(const ChannelMix& mix, float* y) {
         elementwise_.add_parts(y + t * width, partial_ + t * width, number_of_parts(), count_ * width, width);
     });
   else
-    shared_out(width, 16, bytes_of_output(mix.value), [&](Range range) {
-      multiply(mix.value, dense(hidden_, sizes_.hidden, y, width, true), range);
+    multiply_hidden(mix.value, y);
+}
+
+void Pass::multiply_hidden(const Matrix& value, float* y) {
+  Product product = dense(hidden_, sizes_.hidden, y, sizes_.width, true);
+  if (is_packed(value.format)) {
+    product.integers = hidden_integers(value);
+    by_tokens([&](Range range) {
+      product_.quantise(hidden_, sizes_.hidden, 0, sizes_.hidden, range.begin, range.end, product.integers);
     });
+  }
+  shared_out(sizes_.width, unit_of(value), value.bytes_of_output(), [&](Range range) {
+    multiply(value, product, range);
+  });
+}
+
+Integers Pass::hidden_integers(const Matrix& value) const {
+  return Integers(hidden_integers_, count_, value.in, packing(value.format).group);
 }
 
 // Hidden units of `range` that are not zero for every token.
-int64_t Pass::find_active(std::int32_t* list, Range range) const {
+template <class Is>
+int64_t Pass::find_active(std::int32_t* list, Range range, Is&& is_not_zero) const {
   int64_t found = 0;
   for (int64_t j = range.begin; j < range.end; ++j) {
     bool is_active = false;
-    for (int64_t t = 0; t < count_; ++t) is_active |= hidden_[t * sizes_.hidden + j] != 0;
+    for (int64_t t = 0; t < count_; ++t) is_active |= is_not_zero(t, j);
     list[found] = static_cast<std::int32_t>(j);
     found += is_active;
   }
@@ -178,7 +233,8 @@ void Pass::head() {
     norm(model_.norm_out_, x_ + (wanted_[static_cast<std::size_t>(i)] - first_) * width, y_ + i * width);
   Product product = dense(y_, width, logits_, sizes_.vocab);
   product.tokens = wanted;
-  shared_out(sizes_.vocab, 16, bytes_of_output(model_.head_), [&](Range range) {
+  product = prepared(model_.head_, product);
+  shared_out(sizes_.vocab, 16, model_.head_.bytes_of_output(), [&](Range range) {
     multiply(model_.head_, product, range);
   });
 }

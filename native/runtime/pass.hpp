@@ -83,12 +83,12 @@ class Pass {
     return {x, x_stride, y, y_stride, count_, add};
   }
 
-  static std::int64_t bytes_of_output(const Matrix& matrix) {
-    return matrix.in * static_cast<std::int64_t>(bytes_of(matrix.format));
-  }
+  // `product`, the same numbers in the form that packed matrices are multiplied with; the slot's memory keeps them until
+  // it is used again. Does nothing for other matrices.
+  Product prepared(const Matrix& matrix, Product product, std::int64_t slot = 0) const;
 
   // The jobs' outputs are numbered one after the other and shared out: all have the same number of inputs.
-  void side_by_side(std::span<const Job> jobs) const;
+  void side_by_side(std::span<Job> jobs) const;
   // Block `block` of a low-rank map's second factor, applied to low [tokens, rank]: its part of y [tokens, width].
   void second_factor(const LowRank& map, std::int64_t block, const float* low, float* y) const;
   // Adds matrix · y_ to the residual stream.
@@ -120,11 +120,14 @@ class Pass {
  private:
   void embed();
   void channel_mix(std::size_t layer);
-  void hidden_units(const ChannelMix& mix, Range range);
+  void hidden_units(const ChannelMix& mix, const Product& key, Range range);
   void hidden_columns(const ChannelMix& mix, Range range);
   void add_hidden_columns(const ChannelMix& mix, float* y);
+  void multiply_hidden(const Matrix& value, float* y);
   void head();
-  std::int64_t find_active(std::int32_t* list, Range range) const;
+  Integers hidden_integers(const Matrix& value) const;
+  template <class Is>
+  std::int64_t find_active(std::int32_t* list, Range range, Is&& is_not_zero) const;
   std::int64_t number_of_parts() const { return (sizes_.hidden + part_inputs - 1) / part_inputs; }
 
   std::span<const std::int32_t> wanted_;
@@ -134,6 +137,8 @@ class Pass {
   bool sparse_;  // columns of hidden units that are zero are not read
 
   float *hidden_, *partial_, *gate_;  // [tokens, hidden]; [parts, tokens, width]; [tokens, width]
+  float *integers_, *hidden_integers_;  // `Integers` of [mixes] inputs [tokens, width], and of [tokens, hidden]
+  std::int64_t slot_;                   // floats of one of them
   std::int32_t* active_;              // [hidden]
 };
 

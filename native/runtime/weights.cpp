@@ -49,6 +49,10 @@ void copy_blocks(const Matrix& from, std::int64_t block, std::byte* to) {
       std::memcpy(to, data + static_cast<std::size_t>(i * from.out + o) * bytes_of(from.format), size);
 }
 
+void check_floats(const Tensor& tensor, const std::string& name) {
+  if (is_packed(tensor.format)) throw std::invalid_argument("tensor '" + name + "' is packed, and must be of floats");
+}
+
 }  // namespace
 
 const Tensor& Weights::find(const std::string& name, std::int64_t count) const {
@@ -64,6 +68,7 @@ const Tensor& Weights::find(const std::string& name, std::int64_t count) const {
 
 std::vector<float> Weights::vector(const std::string& name, std::int64_t count) const {
   const Tensor& tensor = find(name, count);
+  check_floats(tensor, name);
   std::vector<float> values(static_cast<std::size_t>(count));
   elementwise_kernels(Isa::portable).widen[static_cast<int>(tensor.format)](tensor.data, values.data(), count);
   return values;
@@ -71,20 +76,25 @@ std::vector<float> Weights::vector(const std::string& name, std::int64_t count) 
 
 Matrix Weights::borrow(const std::string& name, Order order, std::int64_t out, std::int64_t in) {
   const Tensor& tensor = find(name, out * in);
+  if (is_packed(tensor.format) && (tensor.order != order || tensor.shape != std::vector<std::int64_t>{out, in}))
+    throw std::invalid_argument("tensor '" + name + "' is packed in another order or shape than this model needs");
   borrowed_.insert(name);
   return {tensor.data, tensor.format, order, out, in};
 }
 
 Matrix Weights::turned(const std::string& name, Order stored, std::int64_t out, std::int64_t in) {
   const Tensor& tensor = find(name, out * in);
+  const Order wanted = stored == Order::rows ? Order::columns : Order::rows;
+  if (is_packed(tensor.format)) return borrow(name, wanted, out, in);
   const Matrix from{tensor.data, tensor.format, stored, out, in};
   copies_.push_back(aligned(from.bytes()));
   pending_.push_back({from, copies_.back().get(), 0});
-  return {copies_.back().get(), tensor.format, stored == Order::rows ? Order::columns : Order::rows, out, in};
+  return {copies_.back().get(), tensor.format, wanted, out, in};
 }
 
 Matrix Weights::in_blocks(const std::string& name, std::int64_t out, std::int64_t in, std::int64_t block) {
   const Tensor& tensor = find(name, out * in);
+  check_floats(tensor, name);
   const Matrix from{tensor.data, tensor.format, Order::columns, out, in};
   copies_.push_back(aligned(from.bytes()));
   pending_.push_back({from, copies_.back().get(), block});

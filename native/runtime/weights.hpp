@@ -17,6 +17,7 @@ struct Tensor {
   const void* data;
   Format format;
   std::vector<std::int64_t> shape;
+  Order order = Order::rows;  // of a packed matrix
 };
 
 class Weights {
@@ -28,7 +29,8 @@ class Weights {
   std::vector<float> vector(const std::string& name, std::int64_t count) const;
   // The tensor itself: the caller's memory must outlive the matrix.
   Matrix borrow(const std::string& name, Order order, std::int64_t out, std::int64_t in);
-  // A copy in the other order than `stored`, which is that of the tensor. Call `fill` before use.
+  // A copy in the other order than `stored`, which is that of the tensor. Call `fill` before use. Packed matrices are
+  // borrowed: they lie in the order that is needed already.
   Matrix turned(const std::string& name, Order stored, std::int64_t out, std::int64_t in);
 
   // A copy of a tensor [in, out] in blocks of `block` outputs, each stored by columns; the matrix is the first of them.

@@ -19,6 +19,18 @@ MAX_SIZE = 2**48
 
 
 @dataclass(frozen=True)
+class Packed:
+    """A matrix of 8 or 4 bits as its file has it."""
+
+    format: str
+    """"int8" or "int4", laid out as in `rookery.checkpoints.pack`; or "q8_0" or "q4_0", the blocks of a GGUF file."""
+    order: str
+    """"rows", "columns" or "blocks"."""
+    data: np.ndarray
+    """The bytes, mapped."""
+
+
+@dataclass(frozen=True)
 class Stored:
     """One tensor of a file."""
 
@@ -32,6 +44,8 @@ class Stored:
     """How the file keeps the numbers: the dtype's name, or that of a packed format ("Q5_1")."""
     nbytes: int
     """Bytes in the file."""
+    packed: Packed | None = None
+    """The bytes of a quantised matrix, for whoever computes with them."""
 
 
 @dataclass(frozen=True)
