@@ -17,8 +17,6 @@ using std::int64_t;
 constexpr int panel = Packing::panel, line = Packing::line;
 constexpr int parts = panel / lanes;                   // vectors of sums of a panel
 constexpr int tile_tokens = lanes > 8 ? 12 : 4;        // tokens whose sums fit the registers
-constexpr int row_tokens = lanes > 8 ? 4 : 2;          // the same where four rows are interleaved first …
-constexpr int code_row_tokens = lanes > 8 ? 2 : 1;     // … and have two codes a byte
 constexpr int most_few_tokens = lanes > 8 ? 8 : 4;     // as `ProductKernels::few_tokens` at least
 constexpr int64_t ahead = 8 * 1024;                    // bytes that the memory delivers in its latency
 
@@ -188,153 +186,171 @@ void by_rows(const Matrix& w, const Product& p, int64_t begin, int64_t end) {
 
 // ---- columns
 
-// The rows of a part of the inputs and the tokens' numbers there, four by four; groups are filled up with zeros.
+// The inputs in use and the tokens' numbers there, four by four; groups are filled up with zeros.
 struct Quads {
-  std::int32_t rows[part_inputs];
-  std::int32_t x[most_few_tokens][part_inputs / 4];
-  int end[5];  // quads up to the end of each group, from 1 on
+  std::int32_t* rows;          // [4 × quads]
+  std::int32_t* x;             // [tokens, most]
+  int64_t most;
+  std::int32_t* ends;          // quads up to the end of each group, from 1 on
 
-  // Takes inputs of the part from place `i` of the list on; gives the place behind them.
+  // Floats of memory for the inputs of so many groups.
+  static int64_t floats(int64_t groups, int64_t group, int64_t tokens) {
+    return groups * group * 2 + tokens * (groups * group / 4 + groups) + groups + 1;
+  }
+
   template <class F>
-  int64_t fill(const Matrix& w, const Product& p, int64_t part, int64_t t, int tokens, int64_t i) {
+  static Quads make(float* memory, const Matrix& w, const Product& p, int64_t first, int64_t last) {
+    Quads quads{};
+    quads.fill<F>(memory, w, p, first, last);
+    return quads;
+  }
+
+  // Of groups `first` … `last` − 1.
+  template <class F>
+  void fill(float* memory, const Matrix& w, const Product& p, int64_t first, int64_t last) {
     const Integers& in = p.integers;
-    int used = 0;
-    end[0] = 0;
-    for (int g = 0; g < F::part_groups; ++g) {
-      const int64_t stop = std::min(w.in, part * part_inputs + (g + 1) * F::group);
+    most = (last - first) * (F::group / 4 + 1);
+    rows = reinterpret_cast<std::int32_t*>(memory);
+    x = rows + (last - first) * F::group * 2;
+    ends = x + p.tokens * most;
+    ends[0] = 0;
+    int64_t used = 0;
+    int64_t i = p.active ? std::lower_bound(p.active, p.active + p.active_count, first * F::group) - p.active
+                         : first * F::group;
+    for (int64_t g = first; g < last; ++g) {
+      const int64_t begin = used, stop = std::min(w.in, (g + 1) * F::group);
       if (p.active)
         for (; i < p.active_count && p.active[i] < stop; ++i) rows[used++] = p.active[i];
       else
         for (; i < stop; ++i) rows[used++] = static_cast<std::int32_t>(i);
-      const int real = used;
+      const int64_t real = used;
       for (; used % 4; ++used) rows[used] = rows[used - 1];
-      for (int m = 0; m < tokens; ++m) {
-        const std::int8_t* values = in.values + (t + m) * in.stride;
-        auto* bytes = reinterpret_cast<std::int8_t*>(x[m]);
-        for (int n = 4 * end[g]; n < used; ++n) bytes[n] = n < real ? values[rows[n]] : std::int8_t{0};
+      for (int64_t m = 0; m < p.tokens; ++m) {
+        const std::int8_t* values = in.values + m * in.stride;
+        auto* bytes = reinterpret_cast<std::int8_t*>(x + m * most);
+        for (int64_t n = begin; n < used; ++n) bytes[n] = n < real ? values[rows[n]] : std::int8_t{0};
       }
-      end[g + 1] = used / 4;
+      ends[g - first + 1] = static_cast<std::int32_t>(used / 4);
     }
-    return i;
   }
 };
 
-// One line of outputs, a part of the inputs: `totals` [tokens, outputs of a line].
-template <class F, int tokens>
-inline void line_of_part(
-    const std::uint8_t* data, int64_t group_bytes, int64_t scale_bytes, int64_t row_bytes, int64_t which, int64_t part,
-    const Quads& quads, const Levels& levels, const Integers& in, int64_t t, int m0, float* totals, int64_t stride) {
-  constexpr int outputs = 4 * F::line_quads;  // vectors of a line's outputs, for each of `parts` pieces of it
-  const int64_t groups = in.groups(), first = part * F::part_groups;
-  for (int piece = 0; piece < parts; ++piece) {
-    vfloat part_totals[tokens * outputs] = {};
-    for (int g = 0; g < F::part_groups && first + g < groups; ++g) {
-      const std::uint8_t* group = data + (first + g) * group_bytes;
-      const std::uint8_t* rows = group + scale_bytes + which * line + piece * vector_bytes;
-      const int64_t base = (first + g) * F::group;
-      vint sums[tokens * outputs];
-#pragma GCC unroll 4
-      for (int m = 0; m < tokens; ++m)
-        for (int v = 0; v < outputs; ++v) sums[m * outputs + v] = start(in, t + m, first + g);
-      for (int q = quads.end[g]; q < quads.end[g + 1]; ++q) {
-        vbytes stored[4], mixed[4];
-#pragma GCC unroll 4
-        for (int n = 0; n < 4; ++n) stored[n] = load_bytes(rows + (quads.rows[4 * q + n] - base) * row_bytes);
-        interleave(stored, mixed);
-#pragma GCC unroll 8
-        for (int v = 0; v < outputs; ++v) {
-          vbytes weights = mixed[v % 4];
-          if constexpr (F::bits == 4) weights = levels(v < 4 ? low_codes(weights) : high_codes(weights));
-          weights = weights_of(weights);
-#pragma GCC unroll 4
-          for (int m = 0; m < tokens; ++m)
-            sums[m * outputs + v] = dot4(sums[m * outputs + v], weights, quads.x[m0 + m][q]);
-        }
-      }
-      const float16* scales = scales_at(group) + which * line * F::line_quads + piece * lanes;
-#pragma GCC unroll 8
-      for (int v = 0; v < outputs; ++v) {
-        const vfloat scale = load(scales + v * panel);
-#pragma GCC unroll 4
-        for (int m = 0; m < tokens; ++m)
-          part_totals[m * outputs + v] +=
-              to_floats(sums[m * outputs + v]) * (scale * splat(in.scales[(t + m) * groups + first + g]));
-      }
-    }
-    for (int m = 0; m < tokens; ++m)
-      for (int v = 0; v < outputs; ++v) {
-        float* to = totals + m * stride + v * panel + piece * lanes;
-        store(to, load(to) + part_totals[m * outputs + v]);
-      }
-  }
-}
-
-template <class F, int tokens>
-inline void some_tokens_of_part(
-    const std::uint8_t* data, int64_t group_bytes, int64_t scale_bytes, int64_t row_bytes, int64_t which, int64_t part,
-    const Quads& quads, const Levels& levels, const Integers& in, int64_t t, int m, int count, float* totals,
-    int64_t stride) {
-  if (count >= tokens)
-    line_of_part<F, tokens>(
-        data, group_bytes, scale_bytes, row_bytes, which, part, quads, levels, in, t, m, totals, stride);
-  else if constexpr (tokens > 1)
-    some_tokens_of_part<F, tokens - 1>(
-        data, group_bytes, scale_bytes, row_bytes, which, part, quads, levels, in, t, m, count, totals, stride);
-}
-
-// Asks for the rows of a part in the order of memory.
+// Where rows and scales lie.
 template <class F>
-void ask(const std::uint8_t* data, const Packing& packing, const Matrix& w, int64_t part, const Quads& quads) {
-  const int64_t row_bytes = packing.lines(w.out) * line, scale_bytes = packing.column_scales(w.out) * 2;
-  for (int g = 0; g < F::part_groups && part * F::part_groups + g < packing.groups(w.in); ++g) {
-    const int64_t group = part * F::part_groups + g;
-    const std::uint8_t* at = data + group * packing.group_bytes(w.out);
-    for (int64_t b = 0; b < scale_bytes; b += line) __builtin_prefetch(at + b, 0, 2);
-    for (int n = 4 * quads.end[g]; n < 4 * quads.end[g + 1]; ++n) {
-      const std::uint8_t* row = at + scale_bytes + (quads.rows[n] - group * F::group) * row_bytes;
-      for (int64_t b = 0; b < row_bytes; b += line) __builtin_prefetch(row + b, 0, 2);
+struct Columns {
+  const std::uint8_t* data;
+  int64_t group_bytes, scale_bytes, row_bytes, in;
+
+  explicit Columns(const Matrix& w) : data(static_cast<const std::uint8_t*>(w.data)), in(w.in) {
+    constexpr Packing packing{F::bits, F::group};
+    group_bytes = packing.group_bytes(w.out);
+    scale_bytes = packing.column_scales(w.out) * 2;
+    row_bytes = packing.lines(w.out) * line;
+  }
+  const std::uint8_t* row(int64_t i) const {
+    return data + i / F::group * group_bytes + scale_bytes + i % F::group * row_bytes;
+  }
+  const float16* scales(int64_t group) const { return scales_at(data + group * group_bytes); }
+};
+
+// Adds lines `first` … `last` − 1 of four rows times the tokens' numbers to `sums` [tokens, stride], which lie in the
+// first-level cache; asks for four later rows.
+template <class F, int fixed>
+inline void add_quad(
+    const std::uint8_t* const* rows, const std::uint8_t* const* later, int64_t first, int64_t last,
+    const std::int32_t* x, int64_t x_stride, int64_t tokens, const Levels& levels, std::int32_t* sums, int64_t stride) {
+  constexpr int vectors = 4 * F::line_quads;
+  const int64_t count = fixed ? fixed : tokens;
+  for (int64_t i = first; i < last; ++i, sums += line * F::line_quads) {
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; ++n) __builtin_prefetch(later[n] + i * line, 0, 2);
+#pragma GCC unroll 4
+    for (int piece = 0; piece < parts; ++piece) {
+      vbytes stored[4], mixed[4], weights[vectors];
+#pragma GCC unroll 4
+      for (int n = 0; n < 4; ++n) stored[n] = load_bytes(rows[n] + i * line + piece * vector_bytes);
+      interleave(stored, mixed);
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) {
+        vbytes numbers = mixed[v % 4];
+        if constexpr (F::bits == 4) numbers = levels(v < 4 ? low_codes(numbers) : high_codes(numbers));
+        weights[v] = weights_of(numbers);
+      }
+      for (int64_t m = 0; m < count; ++m) {
+        const std::int32_t four = x[m * x_stride];
+        auto* to = reinterpret_cast<float*>(sums + m * stride + piece * lanes);
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v)
+          store(to + v * panel, (vfloat)dot4((vint)load(to + v * panel), weights[v], four));
+      }
     }
   }
 }
 
+// Rows are read whole, one after the other: shorter pieces with gaps between them come at a third of the speed.
 template <class F>
 void few_tokens_by_columns(const Matrix& w, const Product& p, int64_t begin, int64_t end) {
-  constexpr int at_once = F::bits == 8 ? row_tokens : code_row_tokens;
-  const Packing packing{F::bits, F::group};
-  const int64_t row_bytes = packing.lines(w.out) * line, scale_bytes = packing.column_scales(w.out) * 2;
-  const int64_t width = packing.outputs_of_line(), first_line = begin / width, last_line = (end + width - 1) / width;
-  const int64_t stride = (last_line - first_line) * width;
-  const auto* data = static_cast<const std::uint8_t*>(w.data);
+  constexpr int64_t width = line * F::line_quads;
+  const Columns<F> columns(w);
+  const Integers& in = p.integers;
   const Levels levels(levels_of(w));
-  float* totals = scratch(static_cast<std::size_t>(p.tokens * stride));
+  const int64_t first_line = begin / width, last_line = (end + width - 1) / width;
+  const int64_t stride = (last_line - first_line) * width, groups = in.groups();
+  const int64_t first_part = p.part_stride ? p.part_begin : 0;
+  const int64_t last_part = p.part_stride ? p.part_end : (w.in + part_inputs - 1) / part_inputs;
+  const int64_t first = first_part * F::part_groups, last = std::min(groups, last_part * F::part_groups);
+  float* memory = scratch(
+      static_cast<std::size_t>(3 * p.tokens * stride + Quads::floats(last - first, F::group, p.tokens)));
+  float *totals = memory, *part_totals = totals + p.tokens * stride;
+  auto* sums = reinterpret_cast<std::int32_t*>(part_totals + p.tokens * stride);
+  const Quads quads = Quads::make<F>(part_totals + 2 * p.tokens * stride, w, p, first, last);
   std::fill_n(totals, p.tokens * stride, 0.0f);
-  const int64_t first = p.part_stride ? p.part_begin : 0;
-  const int64_t last = p.part_stride ? p.part_end : (w.in + part_inputs - 1) / part_inputs;
-  int64_t place = p.active ? std::lower_bound(p.active, p.active + p.active_count, first * part_inputs) - p.active
-                           : first * part_inputs;
-  const auto give = [&](float* y) {
-    for (int64_t t = 0; t < p.tokens; ++t)
-      for (int64_t o = begin; o < end; ++o) {
-        const float total = totals[t * stride + o - first_line * width];
-        float* to = y + t * p.y_stride + o;
-        *to = p.add ? *to + total : total;
-      }
+  const int64_t all = quads.ends[last - first];
+  const int64_t lead = std::max<int64_t>(2, 8 * 1024 / (4 * columns.row_bytes));  // quads that are asked for ahead
+  const auto rows_of = [&](int64_t q, const std::uint8_t** rows) {
+    for (int n = 0; n < 4; ++n) rows[n] = columns.row(quads.rows[4 * q + n]);
   };
-  Quads quads;
-  for (int64_t part = first; part < last; ++part) {
-    place = quads.fill<F>(w, p, part, 0, static_cast<int>(p.tokens), place);
-    ask<F>(data, packing, w, part, quads);
-    for (int64_t i = first_line; i < last_line; ++i)
-      for (int m = 0; m < p.tokens; m += at_once)
-        some_tokens_of_part<F, at_once>(
-            data, packing.group_bytes(w.out), scale_bytes, row_bytes, i, part, quads, levels, p.integers, m, m,
-            static_cast<int>(p.tokens) - m, totals + m * stride + (i - first_line) * width, stride);
-    if (p.part_stride) {
-      give(p.y + part * p.part_stride);
-      std::fill_n(totals, p.tokens * stride, 0.0f);
-    }
+  for (int64_t q = 0; q < std::min(lead, all); ++q) {
+    const std::uint8_t* rows[4];
+    rows_of(q, rows);
+    for (const std::uint8_t* row : rows)
+      for (int64_t i = first_line; i < last_line; ++i) __builtin_prefetch(row + i * line, 0, 2);
   }
-  if (!p.part_stride) give(p.y);
+  const auto give = [&](const float* from, float* y) {
+    for (int64_t t = 0; t < p.tokens; ++t) {
+      const float* total = from + t * stride - first_line * width;
+      float* to = y + t * p.y_stride;
+      for (int64_t o = begin; o < end; ++o) to[o] = p.add ? to[o] + total[o] : total[o];
+    }
+  };
+  for (int64_t g = first, q = 0; g < last;) {
+    const int64_t part = g / F::part_groups;
+    std::fill_n(part_totals, p.tokens * stride, 0.0f);
+    for (const int64_t stop = std::min(last, (part + 1) * F::part_groups); g < stop; ++g) {
+      for (int64_t t = 0; t < p.tokens; ++t)
+        std::fill_n(sums + t * stride, stride, is_balanced ? in.balance[t * groups + g] : 0);
+      for (; q < quads.ends[g - first + 1]; ++q) {
+        const std::uint8_t *rows[4], *later[4];
+        rows_of(q, rows);
+        rows_of(std::min(q + lead, all - 1), later);
+        const auto add = p.tokens == 1 ? add_quad<F, 1> : add_quad<F, 0>;
+        add(rows, later, first_line, last_line, quads.x + q, quads.most, p.tokens, levels, sums, stride);
+      }
+      const float16* scales = columns.scales(g) + first_line * width;
+      for (int64_t t = 0; t < p.tokens; ++t) {
+        const vfloat of_x = splat(in.scales[t * groups + g]);
+        float* to = part_totals + t * stride;
+        const auto* from = reinterpret_cast<const float*>(sums + t * stride);
+        for (int64_t o = 0; o < stride; o += lanes)
+          store(to + o, load(to + o) + to_floats((vint)load(from + o)) * (load(scales + o) * of_x));
+      }
+    }
+    if (p.part_stride)
+      give(part_totals, p.y + part * p.part_stride);
+    else
+      for (int64_t o = 0; o < p.tokens * stride; o += lanes) store(totals + o, load(totals + o) + load(part_totals + o));
+  }
+  if (!p.part_stride) give(totals, p.y);
 }
 
 // Lines of the columns are turned into panels of numbers.

@@ -1,11 +1,20 @@
 #include "runtime/pass.hpp"
 
+#include <array>
+
 namespace rookery {
 
 using std::int64_t;
 
 namespace {
-constexpr int64_t smallest_group = 32;
+// Floats for vectors in the form that any packed matrix is multiplied with.
+int64_t integer_floats(int64_t tokens, int64_t in) {
+  int64_t most = 0;
+  for (int format = float_format_count; format < format_count; ++format)
+    most = std::max(most, Integers::floats(tokens, in, packing(static_cast<Format>(format)).group));
+  return (most + 15) / 16 * 16;
+}
+
 // Outputs of a matrix by columns that must not be cut.
 int64_t unit_of(const Matrix& matrix) {
   return is_packed(matrix.format) ? packing(matrix.format).outputs_of_line() : 16;
@@ -29,9 +38,9 @@ void Pass::run(Workspace& memory) {
     hidden_ = memory.take(count_ * sizes_.hidden);
     partial_ = memory.take(sparse_ ? number_of_parts() * width : 0);
     active_ = reinterpret_cast<std::int32_t*>(memory.take(sizes_.hidden));
-    slot_ = (Integers::floats(count_, sizes_.width, smallest_group) + 15) / 16 * 16;
+    slot_ = integer_floats(count_, sizes_.width);
     integers_ = memory.take(mixes_ * slot_);
-    hidden_integers_ = memory.take(Integers::floats(count_, sizes_.hidden, smallest_group));
+    hidden_integers_ = memory.take(integer_floats(count_, sizes_.hidden));
     place(memory);
   });
   embed();
@@ -87,19 +96,22 @@ Product Pass::prepared(const Matrix& matrix, Product product, int64_t slot) cons
   return product;
 }
 
-void Pass::side_by_side(std::span<Job> jobs) const {
+void Pass::side_by_side(std::span<const Job> jobs) const {
+  std::array<Product, 8> products;  // as many as any family has jobs, and more
   int64_t total = 0, slot = 0;
-  for (Job& job : jobs) {
-    total += job.matrix->out;
-    if (is_packed(job.matrix->format)) job.product = prepared(*job.matrix, job.product, slot++);
+  for (std::size_t i = 0; i < jobs.size(); ++i) {
+    total += jobs[i].matrix->out;
+    products.at(i) = prepared(*jobs[i].matrix, jobs[i].product, slot);
+    slot += is_packed(jobs[i].matrix->format);
   }
   shared_out(total, 16, jobs[0].matrix->bytes_of_output(), [&](Range range) {
     int64_t first = 0;
-    for (const Job& job : jobs) {
+    for (std::size_t i = 0; i < jobs.size(); ++i) {
+      const Job& job = jobs[i];
       const Range part{std::max(range.begin - first, int64_t{0}), std::min(range.end - first, job.matrix->out)};
       first += job.matrix->out;
       if (part.empty()) continue;
-      multiply(*job.matrix, job.product, part);
+      multiply(*job.matrix, products[i], part);
       if (job.then)
         for (int64_t t = 0; t < count_; ++t)
           job.then(job.product.y + t * job.product.y_stride + part.begin, part.end - part.begin);

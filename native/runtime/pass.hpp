@@ -88,7 +88,7 @@ class Pass {
   Product prepared(const Matrix& matrix, Product product, std::int64_t slot = 0) const;
 
   // The jobs' outputs are numbered one after the other and shared out: all have the same number of inputs.
-  void side_by_side(std::span<Job> jobs) const;
+  void side_by_side(std::span<const Job> jobs) const;
   // Block `block` of a low-rank map's second factor, applied to low [tokens, rank]: its part of y [tokens, width].
   void second_factor(const LowRank& map, std::int64_t block, const float* low, float* y) const;
   // Adds matrix · y_ to the residual stream.

@@ -107,7 +107,7 @@ class Rwkv6Pass final : public MatrixStatePass {
     const int64_t width = sizes_.width, rank = own_.mix_rank, ranks = order_.count * rank;
     const Job first = job(layer.moved.first, 0, low_mix_, elementwise_.hyperbolic_tangent);
     side_by_side({&first, 1});
-    shared_out(width, 16, bytes_of_output(layer.moved.second), [&](Range range) {
+    shared_out(width, 16, layer.moved.second.bytes_of_output(), [&](Range range) {
       for (int64_t signal = 0; signal < order_.count; ++signal) {
         Matrix second = layer.moved.second;
         second.in = rank;

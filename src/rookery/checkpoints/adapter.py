@@ -239,7 +239,7 @@ def _replaced(
             f"{_other_base(adapter, checkpoint)}: {short(name)} has shape {list(tensor.shape)}, that one's "
             f"{list(base.shape)}"
         )
-    return replace(base, read=lambda: tensor.read().reshape(base.shape).astype(base.dtype))
+    return replace(base, read=lambda: tensor.read().reshape(base.shape).astype(base.dtype), packed=None)
 
 
 def _other_base(adapter: Adapter, checkpoint: Checkpoint) -> str:

@@ -248,7 +248,7 @@ def _shaped(tensor: Stored, shape: tuple[int, ...], name: str) -> Stored:
         return tensor
     if [n for n in tensor.shape if n != 1] != [n for n in shape if n != 1]:
         raise BadCheckpoint(f"{short(name)} has shape {list(tensor.shape)}; the other tensors ask for {list(shape)}")
-    return replace(tensor, shape=shape, read=lambda: tensor.read().reshape(shape))
+    return replace(tensor, shape=shape, read=lambda: tensor.read().reshape(shape), packed=None)
 
 
 def _placed(message: str, where: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from rookery.checkpoints import pack
 from rookery.checkpoints.atomic import replacing, replacing_folder
 from rookery.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from rookery.checkpoints.layout import to_foreign
@@ -24,8 +25,10 @@ SUFFIXES = {".safetensors": "official", ".pth": "pth", ".pt": "pth", ".bin": "gg
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": BFLOAT16}
 PACKED = ("q8_0", "q4_0")
 """Further types, for GGUF alone."""
+QUANTISED = pack.FORMATS
+"""Further types, for official names alone."""
 _GENERAL = ("architecture", "file_type", "alignment", "quantization_version")
-OF_THE_FILE = {"version", "tokenizer", *(f"general.{key}" for key in _GENERAL)}
+OF_THE_FILE = {"version", "packed", "tokenizer", *(f"general.{key}" for key in _GENERAL)}
 """Metadata that say how the source is written, not what it is."""
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all, counted as in the source."""
@@ -58,9 +61,10 @@ def convert(
     """Writes the model in `source`, a path or an open checkpoint, to `destination`, whole or not at all.
 
     `to` is one of TARGETS; left out, the ending of `destination` tells, a name without a known one is a folder. `dtype`
-    is one of DTYPES (for GGUF also q8_0, q4_0); left out, every tensor keeps its precision where the target can hold
-    it, and widens where it cannot. Metadata and the tokenizer go along; what the target cannot carry is written beside
-    it, to DESTINATION.json. Raises BadCheckpoint for a bad source, ValueError for a target that cannot hold the model.
+    is one of DTYPES, for GGUF also q8_0 or q4_0, for a .safetensors file int8 or int4 (see `pack`); left out, every
+    tensor keeps its precision where the target can hold it, and widens where it cannot. Metadata and the tokenizer go
+    along; what the target cannot carry is written beside it, to DESTINATION.json. Raises BadCheckpoint for a bad
+    source, ValueError for a target that cannot hold the model.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     path = Path(destination)
@@ -125,13 +129,13 @@ def _variant_without(checkpoint: Checkpoint, target: str) -> bool:
 
 
 def _check_dtype(target: str, dtype: str | None) -> None:
-    known = (*DTYPES, *PACKED) if target == "gguf" else tuple(DTYPES)
+    known = (*DTYPES, *{"gguf": PACKED, "official": QUANTISED}.get(target, ()))
     if dtype is None or (dtype in known and not (target == "ggmf" and dtype == "bfloat16")):
         return
-    if dtype in (*DTYPES, *PACKED):
+    if dtype in (*DTYPES, *PACKED, *QUANTISED):
         known = tuple(name for name in known if target != "ggmf" or name != "bfloat16")
         raise ValueError(f"{target} files cannot hold {dtype}; they can {', '.join(known)}")
-    raise unknown("dtype", dtype, (*DTYPES, *PACKED), "`rookery convert --help`")
+    raise unknown("dtype", dtype, (*DTYPES, *PACKED, *QUANTISED), "`rookery convert --help`")
 
 
 def _for_target(checkpoint: Checkpoint, target: str) -> tuple[Checkpoint, tuple[str, ...]]:
@@ -168,7 +172,8 @@ def _undivided(checkpoint: Checkpoint) -> Checkpoint:
         if not name.endswith((".att.output.weight", ".ffn.value.weight")):
             return tensor
         factor = 2.0 ** (int(name.split(".")[1]) // every)  # a power of two: exact
-        return replace(tensor, read=lambda: (tensor.read() * np.asarray(factor, tensor.dtype)).astype(tensor.dtype))
+        values = lambda: (tensor.read() * np.asarray(factor, tensor.dtype)).astype(tensor.dtype)  # noqa: E731
+        return replace(tensor, read=values, packed=None)
 
     tensors = {name: whole(name, tensor) for name, tensor in checkpoint.tensors.items()}
     return replace(checkpoint, config=replace(checkpoint.config, rescale_every=0), tensors=tensors)
@@ -188,7 +193,8 @@ def _with_eps(checkpoint: Checkpoint, eps: float) -> Checkpoint:
     def scaled(name: str, tensor: Stored) -> Stored:
         if not name.endswith(".att.value.weight"):
             return tensor
-        return replace(tensor, read=lambda: (tensor.read() * np.asarray(factor, tensor.dtype)).astype(tensor.dtype))
+        values = lambda: (tensor.read() * np.asarray(factor, tensor.dtype)).astype(tensor.dtype)  # noqa: E731
+        return replace(tensor, read=values, packed=None)
 
     tensors = {name: scaled(name, tensor) for name, tensor in checkpoint.tensors.items()}
     return replace(checkpoint, config=replace(config, group_norm_eps=eps), tensors=tensors)
@@ -212,7 +218,16 @@ def _counted(tensors: Mapping[str, Stored], progress: Progress | None, total: in
         progress(sum(done.values()), total)
         return values
 
-    return {name: replace(tensor, read=partial(read, name, tensor)) for name, tensor in tensors.items()}
+    def copied(name: str, tensor: Stored) -> np.ndarray:
+        done[name] = tensor.nbytes
+        progress(sum(done.values()), total)
+        return tensor.packed.data()
+
+    def counted(name: str, tensor: Stored) -> Stored:
+        packed = tensor.packed and replace(tensor.packed, data=partial(copied, name, tensor))
+        return replace(tensor, read=partial(read, name, tensor), packed=packed)
+
+    return {name: counted(name, tensor) for name, tensor in tensors.items()}
 
 
 def _cast(tensor: Stored, dtype: np.dtype, name: str) -> Stored:
@@ -292,7 +307,11 @@ def _with_sidecar(job: _Job, metadata: Mapping[str, str]) -> tuple[str, ...]:
 
 def _official(job: _Job) -> tuple[str, ...]:
     metadata, beside = _with_tokenizer(job)
-    write_safetensors(job.path, job.typed(), metadata)
+    if job.dtype in QUANTISED or job.dtype is None:
+        tensors, described = pack.packed_tensors(job.checkpoint, job.tensors, job.dtype)
+    else:
+        tensors, described = job.typed(), {}
+    write_safetensors(job.path, tensors, metadata | described)
     return beside
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rookery.checkpoints.source import BFLOAT16, MAX_SIZE, Source, Stored, map_file, plain, short
+from rookery.checkpoints.source import BFLOAT16, MAX_SIZE, Packed, Source, Stored, map_file, plain, short
 from rookery.errors import BadCheckpoint
 
 VERSIONS = (2, 3)
@@ -139,7 +139,9 @@ def _tensor(data: np.ndarray, start: int, name: str, shape: tuple[int, ...], kin
     if kind in PLAIN:
         return plain(data, start, shape, PLAIN[kind])
     packed = data[start : start + nbytes]
-    return Stored(shape, np.dtype(np.float32), partial(_floats, packed, kind, shape), PACKED[kind][0], nbytes)
+    name = PACKED[kind][0]
+    native = Packed(name.lower(), "blocks", lambda: packed) if name in ("Q8_0", "Q4_0") and len(shape) == 2 else None
+    return Stored(shape, np.dtype(np.float32), partial(_floats, packed, kind, shape), name, nbytes, native)
 
 
 def _floats(packed: np.ndarray, kind: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -165,7 +167,7 @@ def _as_trained(tensors: Mapping[str, Stored], settings: Mapping[str, Any], wher
             found[name] = _reshaped(tensor, head, name, where)
         elif every and name.endswith(("time_mix_output.weight", "channel_mix_value.weight")):
             layer = int(name.split(".")[1])
-            found[name] = replace(tensor, read=partial(_times, tensor, 2.0 ** (layer // every)))
+            found[name] = replace(tensor, read=partial(_times, tensor, 2.0 ** (layer // every)), packed=None)
         else:
             found[name] = tensor
     return found

@@ -127,7 +127,8 @@ def _changed(tensor: Stored, changes: list[tuple[bool, Change]], share: int = 1)
                 values = change(values) if moves else change(values.astype(np.float64)).astype(tensor.dtype)
         return values
 
-    return replace(tensor, shape=shape.shape, read=read, nbytes=tensor.nbytes // share)
+    packed = tensor.packed if not changes else None  # bytes of the whole tensor as it was
+    return replace(tensor, shape=shape.shape, read=read, nbytes=tensor.nbytes // share, packed=packed)
 
 
 def _stacked(parts: list[Stored]) -> Stored:
@@ -137,4 +138,5 @@ def _stacked(parts: list[Stored]) -> Stored:
         shape=(len(parts), *first.shape),
         read=lambda: np.stack([part.read() for part in parts]),
         nbytes=sum(part.nbytes for part in parts),
+        packed=None,
     )

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from rookery.checkpoints.atomic import replacing
+from rookery.checkpoints.pack import described
 from rookery.checkpoints.source import BFLOAT16, Source, Stored, check_shape, map_file, plain, short, write_values
 from rookery.errors import BadCheckpoint
 
@@ -64,7 +65,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> Source:
         raise BadCheckpoint(f"{where!r} is damaged: its metadata are not text")
     body = data[8 + length :]
     tensors = {name: _tensor(body, name, entry, where) for name, entry in header.items()}
-    return Source("safetensors", tensors, metadata)
+    return Source("safetensors", described(tensors, metadata, where), metadata)
 
 
 def _tensor(body: np.ndarray, name: str, entry: Any, where: str) -> Stored:
@@ -93,8 +94,9 @@ def write_safetensors(
     """Writes `tensors` in their order, one at a time in memory; the file is whole or absent."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
-    # wide types first, so that every tensor starts at a multiple of its item size
-    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    # packed matrices, which fill whole cache lines, then wide types first, so that every tensor starts at a multiple of
+    # its item size
+    order = sorted(tensors, key=lambda name: -(tensors[name].dtype.itemsize if tensors[name].dtype != np.uint8 else 64))
     for name in order:
         shape, dtype = tensors[name].shape, np.dtype(tensors[name].dtype)
         if dtype not in NAMES:

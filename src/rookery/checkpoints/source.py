@@ -26,7 +26,7 @@ class Packed:
     """"int8" or "int4", laid out as in `rookery.checkpoints.pack`; or "q8_0" or "q4_0", the blocks of a GGUF file."""
     order: str
     """"rows", "columns" or "blocks"."""
-    data: np.ndarray
+    data: Callable[[], np.ndarray]
     """The bytes, mapped."""
 
 

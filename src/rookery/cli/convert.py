@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--to", metavar="NAME", help="official, pth, hf, fla, ggmf or gguf, whatever DST ends with")
     parser.add_argument(
-        "--dtype", metavar="TYPE", help="float32, float16 or bfloat16; gguf also q8_0, q4_0 (the source's precision)"
+        "--dtype",
+        metavar="TYPE",
+        help="float32, float16 or bfloat16; gguf also q8_0, q4_0; .safetensors int8, int4 (the source's precision)",
     )
 
 

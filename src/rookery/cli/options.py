@@ -27,7 +27,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("-m", "--model", metavar="PATH", help="model file, folder or Hub id (the embedded model)")
     group.add_argument("--tokenizer", metavar="NAME", help="world, 20b, bytes, or a vocabulary file (found by itself)")
-    group.add_argument("--quantize", metavar="TYPE", help="smaller weights (the file's precision)")
+    group.add_argument("--quantize", metavar="TYPE", help="int8 or int4: smaller weights (the file's precision)")
     group.add_argument("--threads", type=int, metavar="N", help="threads (all cores; one for a small model)")
     group.add_argument("--isa", metavar="NAME", help="force an instruction set, as avx2; `rookery doctor` lists them")
     group.add_argument("--adapter", metavar="FILE", help="merge an adapter of RWKV-PEFT or a folder of peft")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rookery.checkpoints.pack import FORMATS
 from rookery.engine.session import CHUNK, END_OF_TEXT, Session
 from rookery.errors import BackendUnavailable, BadCheckpoint, MissingDependency, UnknownName
 
@@ -28,14 +29,13 @@ log = logging.getLogger("rookery")
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "embedded"
 """Folder of the model that comes with the package."""
-FORMATS: tuple[str, ...] = ()
-"""What `quantize` may name."""
 
 
 class LLM:
     """A language model, ready to generate. Without a path, the small one that comes with the package.
 
-    `path` is a model file or folder of any format that `open_checkpoint` reads; weights keep the file's precision.
+    `path` is a model file or folder of any format that `open_checkpoint` reads; weights keep the file's precision,
+    or `quantize` ("int8", "int4") makes the large ones smaller and the model faster.
     `threads` (all cores, or one for a small model) is for the CPU, `isa` ("avx2", …; the best one that the machine
     has) for the compiled runtime. `device` ("cpu", "cuda", …) runs the model with torch there; without it torch runs
     what the compiled runtime does not know. `tokenizer` is a tokenizer, or the name or file of one; left out, it is
@@ -59,7 +59,7 @@ class LLM:
         adapter_alpha: float | None = None,
     ) -> None:
         if quantize is not None and quantize not in FORMATS:
-            supported = ", ".join(map(repr, FORMATS)) or "None, which keeps the precision of the file"
+            supported = ", ".join(map(repr, FORMATS))
             raise UnknownName(f"quantize={quantize!r} is not supported; supported: {supported}")
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be 1 or more, got {threads}; leave it out to let the model's size decide")
@@ -70,7 +70,7 @@ class LLM:
             from rookery.checkpoints.adapter import adapted
 
             checkpoint = adapted(checkpoint, adapter, alpha=adapter_alpha)
-        self._set(_runner(checkpoint, threads, isa, device), checkpoint, tokenizer, template)
+        self._set(_runner(checkpoint, threads, isa, device, quantize), checkpoint, tokenizer, template)
 
     @classmethod
     def from_runner(
@@ -267,7 +267,9 @@ def _start(checkpoint: Checkpoint, runner: Runner) -> Mapping[str, np.ndarray] |
     )
 
 
-def _runner(checkpoint: Checkpoint, threads: int | None, isa: str | None, device: str | None) -> Runner:
+def _runner(
+    checkpoint: Checkpoint, threads: int | None, isa: str | None, device: str | None, quantize: str | None
+) -> Runner:
     """The model on `device`, or on the compiled runtime where that can run it, or with torch on the CPU."""
     if checkpoint.family.kind != "language":
         raise BadCheckpoint(
@@ -278,13 +280,17 @@ def _runner(checkpoint: Checkpoint, threads: int | None, isa: str | None, device
             raise ValueError(
                 f"isa={isa!r} is for the compiled runtime, device={device!r} for torch; give one of the two"
             )
+        if quantize is not None:
+            raise ValueError(
+                f"quantize={quantize!r} is for the compiled runtime, device={device!r} for torch; give one of the two"
+            )
         return _torch_runner(checkpoint, threads, device, f"device={device!r} was given")
     from rookery.engine.runners.native import NativeRunner
 
     try:
-        return NativeRunner(checkpoint, threads=threads, isa=isa)
+        return NativeRunner(checkpoint, threads=threads, isa=isa, quantize=quantize)
     except BackendUnavailable as reason:
-        if isa is not None:
+        if isa is not None or quantize is not None:
             raise
         log.info("%s; torch runs it", reason)
         return _torch_runner(checkpoint, threads, "cpu", str(reason))

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from rookery.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from rookery.checkpoints.pack import FORMATS, for_runtime, plan
 from rookery.engine.runners.protocol import Wanted, asked, check_rows, select
 from rookery.errors import BackendUnavailable, BadState, UnknownName
 from rookery.families.base import Recurrent
@@ -63,7 +64,9 @@ class NativeRunner:
 
     `threads` (all cores, or one for a small model), `isa` ("avx2", …; the best that this machine has) and `dtype`
     ("float32", "bfloat16", "float16"; that of the file) may be chosen. Weights of the file that can be used as they are
-    stay in the mapped file. Logits do not depend on `threads`, nor on how tokens are cut into calls and batches.
+    stay in the mapped file. `quantize` ("int8", "int4") packs the large matrices, those of the file that have no more
+    bits already being left as they are. Logits do not depend on `threads`, nor on how tokens are cut into calls and
+    batches.
     Raises BackendUnavailable for a family that the runtime does not know, UnknownName for another `isa` or `dtype`.
     """
 
@@ -76,6 +79,7 @@ class NativeRunner:
         threads: int | None = None,
         isa: str | None = None,
         dtype: str | None = None,
+        quantize: str | None = None,
     ) -> None:
         try:
             from rookery import _native
@@ -98,16 +102,19 @@ class NativeRunner:
             )
         if dtype is not None and dtype not in DTYPES:
             raise UnknownName(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        if quantize is not None and (quantize not in FORMATS or dtype is not None):
+            raise UnknownName(f"quantize {quantize!r} is not one of {', '.join(FORMATS)}, without a dtype")
         if isa is not None and isa not in _native.available_isas():
             raise UnknownName(f"isa {isa!r} is not one of this machine's: {', '.join(_native.available_isas())}")
         self.family = checkpoint.family.name
         self.config: Any = checkpoint.config
         self._fingerprint = checkpoint.fingerprint
-        wanted = DTYPES[dtype] if dtype else None
-        tensors = {name: _usable(checkpoint[name], wanted) for name in checkpoint}
+        tensors, packed = _tensors(checkpoint, DTYPES[dtype] if dtype else None, quantize)
+        self.formats = {name: packed[name][0] if name in packed else _name(tensor) for name, tensor in tensors.items()}
+        """Official tensor name -> format of its weights."""
         small = sum(tensor.nbytes for tensor in tensors.values()) < SMALL
         self.threads = threads or (1 if small else _native.available_cores())
-        self._model = _native.Model(self.family, asdict(self.config), tensors, isa or "", self.threads)
+        self._model = _native.Model(self.family, asdict(self.config), tensors, isa or "", self.threads, packed)
 
     @property
     def isa(self) -> str:
@@ -191,6 +198,25 @@ def _token_ids(tokens: Sequence[int], vocab_size: int) -> np.ndarray:
             "check that the tokenizer is the model's own"
         )
     return ids.astype(np.int32)
+
+
+def _tensors(
+    checkpoint: Checkpoint, dtype: np.dtype | None, quantize: str | None
+) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, str, int, int]]]:
+    """All tensors as the runtime takes them, and how those of them lie that are packed."""
+    wanted = plan(checkpoint, quantize) if quantize else {}
+    tensors: dict[str, np.ndarray] = {}
+    packed: dict[str, tuple[str, str, int, int]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        if dtype is None and (matrix := for_runtime(name, tensor, wanted.get(name))):
+            tensors[name], packed[name] = matrix[0], (*matrix[1:], *tensor.shape)
+        else:
+            tensors[name] = _usable(tensor.read(), dtype)
+    return tensors, packed
+
+
+def _name(tensor: np.ndarray) -> str:
+    return "bfloat16" if tensor.dtype == np.uint16 else tensor.dtype.name
 
 
 def _usable(tensor: np.ndarray, wanted: np.dtype | None) -> np.ndarray:
