@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from rookery.cli.chat import _interruptions
+from rookery.cli.options import interruptions
 from rookery.engine.llm import LLM
 
 FLAGS = ["--template", "g1", "--temperature", "0", "-n", "20"]
@@ -44,7 +44,7 @@ def test_a_conversation_goes_on_from_a_file(chat, tmp_path):
 
 
 def test_an_interruption_is_noted_and_not_raised():
-    with _interruptions() as wanted:
+    with interruptions() as wanted:
         os.kill(os.getpid(), signal.SIGINT)
         assert wanted == [signal.SIGINT]
     with pytest.raises(KeyboardInterrupt):

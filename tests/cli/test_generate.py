@@ -1,4 +1,5 @@
 import json
+import signal
 import subprocess
 import sys
 
@@ -201,3 +202,60 @@ def test_guesses_change_nothing(generate, model_path):
     expected = generate(*flags, "hello hello hello")[1]
     assert generate(*flags, "--speculate", "6", "hello hello hello")[1] == expected
     assert generate(*flags, "--draft", model_path, "hello hello hello")[1] == expected
+
+
+def test_a_file_is_read_before_the_prompt(generate, llm, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("It was a dark and stormy night. " * 50)
+    expected = llm.generate(text.read_text() + "And", **TEXT) + "\n"
+    assert generate(*FLAGS, "--file", text, "And") == (0, expected, "")
+    assert generate(*FLAGS, "--file", text, stdin=b"not read")[1] == llm.generate(text.read_text(), **TEXT) + "\n"
+    code, _, err = generate("--file", tmp_path / "nothing")
+    assert (code, "nothing" in err) == (1, True)
+
+
+def test_an_interruption_leaves_a_state_to_go_on_from(generate, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("It was a dark and stormy night. " * 200)
+    expected = generate(*FLAGS, "--file", text)[1]
+    from rookery.engine import reading
+
+    whole = reading.read_file
+
+    def interrupted(*args):
+        for count, place in enumerate(whole(*args)):
+            if count == 2:
+                signal.raise_signal(signal.SIGINT)
+            yield place
+
+    monkeypatch.setattr(reading, "read_file", interrupted)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = generate(*FLAGS, "--file", text)
+    assert (code, out) == (130, "")
+    assert err == f"interrupted after 1,536 tokens; --file {text} --state text.txt.state goes on\n"
+    monkeypatch.setattr(reading, "read_file", whole)
+    assert generate(*FLAGS, "--file", text, "--state", "text.txt.state")[1] == expected
+
+
+def test_an_interrupted_text_is_saved_where_asked(generate, llm, tmp_path, monkeypatch):
+    from rookery.cli import generate as module
+
+    shown = []
+
+    def show(piece):
+        shown.append(piece)
+        if len(shown) == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "show", show)
+        code, _, err = generate(*FLAGS, "--ignore-eos", "--save-state", tmp_path / "s", "hello")
+    assert (code, err) == (130, f"interrupted; --state {tmp_path / 's'} goes on\n")
+    rest = llm.session(tmp_path / "s").generate(10, temperature=0, ignore_eos=True)
+    assert llm.generate("hello", 30, temperature=0, ignore_eos=True).startswith("".join(shown[:-1]) + rest)
+
+
+def test_log_probabilities_are_told(generate):
+    summary = json.loads(generate("--json", "--logprobs", 2, "-n", 3, "--seed", 1, "--ignore-eos", "hello")[1])
+    assert len(summary["logprobs"]) == summary["tokens"] == 3
+    assert len(summary["logprobs"][0]["top"]) == 2

@@ -6,9 +6,10 @@ import torch
 from support.language import randomised
 
 from rookery.evaluate import perplexity as module
-from rookery.evaluate.perplexity import file_texts, perplexity, tokens_of
+from rookery.evaluate.perplexity import file_texts, perplexity
 from rookery.evaluate.positions import by_octave, loss_by_position, plot_loss_by_position, rows_of
 from rookery.tokenizers import load_tokenizer
+from rookery.tokenizers.blocks import tokens_of
 
 BYTES = load_tokenizer("bytes")
 TEXT = "Ein süßer Käse – and a quick brown fox. " * 9
@@ -60,7 +61,7 @@ def test_texts_are_independent():
 @pytest.mark.parametrize("name", ["bytes", "world"])
 def test_blocks_give_the_tokens_of_the_whole(name, monkeypatch):
     """Also where a block ends inside a character or a word."""
-    monkeypatch.setattr(module, "LONGEST_TOKEN", 130)
+    monkeypatch.setattr("rookery.tokenizers.blocks.LONGEST_TOKEN", 130)
     tokenizer, data = load_tokenizer(name), (TEXT * 4).encode()
     blocks = [data[i : i + 301] for i in range(0, len(data), 301)]
     found = list(tokens_of(blocks, tokenizer))

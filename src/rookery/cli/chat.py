@@ -4,12 +4,10 @@ Lines that are piped in are turns, and only the answers go to stdout. /reset for
 """
 
 import argparse
-import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 
-from rookery.cli.options import add_model, add_sampling, add_state, load_llm, show, text_options
+from rookery.cli.options import add_model, add_sampling, add_state, interruptions, load_llm, show, text_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +51,7 @@ def _next_turn() -> str | None:
 
 def _answer(stream: Iterator[str]) -> None:
     began = False
-    with _interruptions() as wanted:
+    with interruptions() as wanted:
         for piece in stream:
             piece = piece if began else piece.lstrip()  # the answer begins with the space after "Assistant:"
             began = began or bool(piece)
@@ -61,14 +59,3 @@ def _answer(stream: Iterator[str]) -> None:
             if wanted:
                 break
     show("\n")
-
-
-@contextmanager
-def _interruptions() -> Iterator[list[int]]:
-    """Collects Ctrl-C instead of raising it, so that a session is never left between two tokens."""
-    wanted: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: wanted.append(number))
-    try:
-        yield wanted
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 VERBS = {
     "generate": "continue a text",
+    "batch": "continue many texts, from a file into a file",
     "chat": "talk to a model that was trained to",
     "train": "train a model from a recipe, or go on where it stopped",
     "finetune": "train a model further: adapters, start states, preferences",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -102,7 +105,20 @@ def text_options(args: argparse.Namespace) -> dict[str, Any]:
         given["speculate"] = DraftModel(LLM(args.draft, threads=args.threads), args.speculate or 4)
     elif args.speculate:
         given["speculate"] = args.speculate
+    if getattr(args, "logprobs", None) is not None:
+        given["logprobs"] = args.logprobs
     return given | {"max_tokens": args.max_tokens, "seed": args.seed, "ignore_eos": args.ignore_eos, "stop": stops}
+
+
+@contextmanager
+def interruptions() -> Iterator[list[int]]:
+    """Collects Ctrl-C instead of raising it, so that a session is never left between two tokens."""
+    wanted: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: wanted.append(number))
+    try:
+        yield wanted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def read_stdin() -> str:

@@ -215,6 +215,21 @@ class LLM:
 
         return beam_search(self, prompt, beams, max_tokens, **options)
 
+    def score(self, texts: str | Sequence[str] | Sequence[Sequence[int]], bos: bool = True) -> Any:
+        """How likely texts are: a `Score` for each (its `logprob`, `perplexity`, `logprobs` of the tokens).
+
+        One text gives one. With `bos` token 0 stands before each text, so that its first token has a probability, too.
+        """
+        from rookery.engine.score import score
+
+        return score(self, [texts], bos)[0] if isinstance(texts, str) else score(self, texts, bos)
+
+    def embed(self, texts: str | Sequence[str] | Sequence[Sequence[int]], bos: bool = True) -> np.ndarray:
+        """A vector of length 1 for each text, float32 [texts, hidden_size] ([hidden_size] for one), from its state."""
+        from rookery.engine.score import embed
+
+        return embed(self, [texts], bos)[0] if isinstance(texts, str) else embed(self, texts, bos)
+
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """float32 [t, vocab]: what follows each of t tokens, from the beginning of a text."""
         tokens, state = self.tokens_of(list(token_ids)), self.fresh_state()

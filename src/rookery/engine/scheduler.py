@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Self
 
@@ -161,6 +162,7 @@ class Scheduler:
         """
         stops = None if tokens else (stop,) if isinstance(stop, str) else tuple(stop)
         order = Order.of(self.llm, max_tokens, stop=stops, **options)
+        order = replace(order, speculate=None)  # a batch has no time to lose on guesses; the text is the same
         ids = self.llm.tokens_of(prompt)
         if session is not None:
             session._end_stream()

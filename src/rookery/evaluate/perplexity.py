@@ -5,14 +5,12 @@ Bits per byte can be compared between tokenizers, perplexity per token cannot.
 
 from __future__ import annotations
 
-import codecs
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,13 +18,12 @@ from rookery.data.text import read_documents
 from rookery.nn.language_model import LanguageModel
 from rookery.state import State
 from rookery.tokenizers.base import Tokenizer
+from rookery.tokenizers.blocks import tokens_of
 
 BEGIN = 0
 """Token before every text, the end of the one before; it predicts the first token."""
 BLOCK = 1 << 16
 """Bytes of a text that are tokenised at a time."""
-LONGEST_TOKEN = 256
-"""More bytes than any token has: a token that ends so far before the end of a block cannot change with what follows."""
 CHUNK = 1024
 """Tokens that the model reads in one call."""
 
@@ -97,30 +94,6 @@ def _blocks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while block := file.read(BLOCK):
             yield block
-
-
-def tokens_of(blocks: Iterable[bytes], tokenizer: Tokenizer) -> Iterator[tuple[list[int], int]]:
-    """Tokens of a text and the bytes they stand for, block by block.
-
-    What a block ends with is tokenised again with the next one, so that greedy tokenizers give the tokens of the whole
-    text; one that looks further than `LONGEST_TOKEN` bytes may cut a word otherwise where two blocks meet.
-    """
-    rest = b""
-    utf8 = codecs.getincrementaldecoder("utf-8")("strict")
-    for block in blocks:
-        rest += utf8.decode(block).encode()  # holds back half characters
-        tokens, taken = tokenizer.encode(rest), 0
-        ends = np.cumsum([len(tokenizer.token_bytes(token)) for token in tokens])
-        if not len(ends) or ends[-1] != len(rest):
-            continue  # a tokenizer that changes the text: places in it mean nothing, so it is tokenised in one
-        keep = int(np.searchsorted(ends, len(rest) - LONGEST_TOKEN, side="right"))
-        if keep:
-            taken = int(ends[keep - 1])
-            yield tokens[:keep], taken
-            rest = rest[taken:]
-    utf8.decode(b"", final=True)
-    if rest:
-        yield tokenizer.encode(rest), len(rest)
 
 
 @torch.inference_mode()
