@@ -125,8 +125,8 @@ def test_many_tokens_in_bfloat16_and_float32_are_those_in_float64():
         torch.testing.assert_close(bi_wkv(**single, backend=backend).double(), want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("tokens", "low", "high"), [(16, 1e-2, 4e-1), (64, 3e-4, 2e-2), (196, 2e-4, 1e-2)])
-def test_the_released_kernel_is_off_by_as_much_as_was_measured(tokens, low, high):
+@pytest.mark.parametrize(("tokens", "low", "high"), [(16, 5e-3, 6e-2), (64, 1e-3, 1e-2), (196, 2e-4, 2e-3)])
+def test_the_released_kernel_is_off_by_less_the_more_tokens_there_are(tokens, low, high):
     generator = torch.Generator().manual_seed(5)
     k, v = (torch.randn(4, tokens, 64, generator=generator, dtype=torch.float64) for _ in range(2))
     for decay in (-5.0, -1.0, 1.0, 3.0):
@@ -134,6 +134,26 @@ def test_the_released_kernel_is_off_by_as_much_as_was_measured(tokens, low, high
         exact, released = bi_wkv(**call), bi_wkv(**call, compat="cuda32")
         error = float((exact - released).square().mean().sqrt() / exact.std())
         assert low < error < high, decay
+
+
+@pytest.mark.parametrize("omega", [0.03, -0.05, 0.3])
+@pytest.mark.parametrize("tokens", [5, 70])
+def test_the_released_variant_is_the_exact_recurrence_from_seeds_with_one_factor_too_many(tokens, omega):
+    k, v = torch.randn(2, tokens, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    length, mu, outputs = -(-tokens // 32), 0.2, []
+    place, rise = torch.arange(tokens), torch.tensor(omega, dtype=torch.float64).exp()
+    pairs = k.exp()[:, None] * torch.stack([v, torch.ones_like(v)], dim=1)  # what is summed: e^k v and e^k
+    for start in range(0, tokens, length):
+        weights = (-omega * (place - start).abs()).exp()[:, None] * pairs
+        past, future = weights[:start].sum(0), weights[start + 1 :].sum(0)
+        for t in range(start, min(start + length, tokens)):
+            weighted, total = past + future + torch.tensor(mu).exp() * pairs[t]
+            outputs.append(weighted / total)
+            past = past / rise + pairs[t]
+            future = rise * (future - pairs[min(t + 1, tokens - 1)])
+    call = {"omega": torch.tensor([omega]), "mu": torch.tensor([mu]), "k": k[None, :, None], "v": v[None, :, None]}
+    # its 1e-6 in the denominator is not here
+    torch.testing.assert_close(bi_wkv(**call, compat="cuda32")[0, :, 0], torch.stack(outputs), rtol=1e-5, atol=1e-5)
 
 
 def test_only_the_definition_computes_the_released_variant():
