@@ -5,7 +5,6 @@ import torch
 
 from rookery.data.generated import UNLABELLED
 from rookery.data.recall import Recall
-from rookery.evaluate.positions import loss_by_position, mean_by_stretch
 from rookery.models import create_model
 from rookery.reproduce.arms import Arm, Fit, accuracy, fit, labelled_loss, matched, parameters, searched, smooth
 from rookery.reproduce.base import Work
@@ -53,17 +52,6 @@ def test_a_model_learns_a_task_and_stops_when_it_can():
     assert curve[-1][0] < 400
     again = fit(arm.create(0), lambda step: task, 0, how, said.append)
     assert again == curve
-
-
-def test_loss_by_position_is_the_loss():
-    model = create_model("rwkv7-test", dtype=torch.float64)
-    tokens = torch.randint(64, (3, 9), generator=torch.Generator().manual_seed(0))
-    losses = loss_by_position(model, tokens[:, :-1], tokens[:, 1:], batch=2)
-    logits, _ = model(tokens[:, :4])
-    wanted = torch.nn.functional.cross_entropy(logits[:, 3].detach(), tokens[:, 4])
-    assert losses.shape == (8,)
-    assert losses[3] == pytest.approx(float(wanted), abs=1e-6)
-    assert mean_by_stretch(losses, 3).tolist() == pytest.approx([losses[:3].mean(), losses[3:6].mean()])
 
 
 def test_the_best_rate_of_the_first_seed_is_used_for_all(tmp_path):
