@@ -19,6 +19,9 @@ FAMILY_MODULES = (
     "rwkv6",
     "rwkv5",
     "rwkv4",
+    "arwkv",
+    "rad_rwkv6",
+    "rad_rwkv7",
     "transformer",
 )
 """Files of `rookery.families` that define FAMILY; recognition tries them in this order."""

@@ -7,12 +7,13 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from rookery.checkpoints.detect import read_file
 from rookery.checkpoints.folder import read_folder
+from rookery.checkpoints.gguf import ARCHITECTURES
 from rookery.checkpoints.layout import from_foreign
 from rookery.checkpoints.parts import explain_part
 from rookery.checkpoints.safetensors import CONVENTION
@@ -142,6 +143,7 @@ def _understood(source: Source, where: str) -> Checkpoint:
     kept = {name: tensor for name, tensor in tensors.items() if name not in used}
     config = _config(family, source, used, layout)
     fitted = _fitted(family, config, used)
+    kept |= {name: tensor for name, tensor in used.items() if name not in fitted}
     return Checkpoint(where, source.format, layout, family, config, source.metadata, fitted, tuple(kept), kept)
 
 
@@ -157,6 +159,8 @@ def _named_officially(source: Source) -> tuple[str, dict[str, Stored], Family]:
         for name, layout in family.layouts.items():
             if name != only and (only is not None or name in ONLY_LAYOUT.values()):
                 continue
+            if source.format == "gguf" and ARCHITECTURES[source.metadata["general.architecture"]] != family.name:
+                continue  # several families have tensors of one name there
             try:
                 tensors = from_foreign(layout, source.tensors)
             except (LookupError, ValueError):  # another family's tensors under the same name: a stack of another size
@@ -195,6 +199,8 @@ def _usable(hints: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """Entries of a config file that are fields of the family's config, and of their type."""
     kinds = {f.name: type(f.default) for f in fields(family.config)}
     usable = {key: value for key, value in hints.items() if key in kinds and type(value) is kinds[key]}
+    optional = {f.name for f in fields(family.config) if type(None) in get_args(f.type)}
+    usable |= {key: None for key, value in hints.items() if value is None and key in optional}
     whole = {key: float(value) for key, value in hints.items() if kinds.get(key) is float and type(value) is int}
     return usable | whole
 
@@ -232,7 +238,7 @@ def _fitted(family: Family, config: Any, tensors: Mapping[str, Stored]) -> dict[
         f"{len(names)} {what}: {', '.join(map(short, names[:4]))}{' …' if len(names) > 4 else ''}"
         for what, names in (
             ("missing", [name for name in expected if name not in tensors]),
-            ("unknown", [name for name in tensors if name not in expected]),
+            ("unknown", [name for name in tensors if name not in expected and not family.is_idle(config, name)]),
         )
         if names
     ]

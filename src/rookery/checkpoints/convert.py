@@ -124,8 +124,13 @@ def _kind(checkpoint: Checkpoint) -> str:
 
 
 def _variant_without(checkpoint: Checkpoint, target: str) -> bool:
-    """True for the variants of RWKV-6 outside their home: nobody else runs them."""
-    return getattr(checkpoint.config, "variant", "x060") != "x060"
+    """True for what no other program runs: the variants of RWKV-6, and converted models outside of their folders."""
+    config = checkpoint.config
+    if target == "gguf" and checkpoint.family.name == "rad-rwkv6":
+        return config.gate != "full" or not config.balance_state or config.mixed_width != config.hidden_size
+    if target == "gguf" and checkpoint.family.name == "arwkv":
+        return config.gate == "delta"
+    return getattr(config, "variant", "x060") != "x060"
 
 
 def _check_dtype(target: str, dtype: str | None) -> None:

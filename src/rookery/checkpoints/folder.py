@@ -72,7 +72,14 @@ def _hints(config: Path) -> dict[str, Any]:
     width, heads = hints.get("hidden_size"), hints.get("num_attention_heads")
     if type(width) is int and type(heads) is int and heads > 0:
         hints.setdefault("head_dim", width // heads)
-    for theirs, ours in (("layer_norm_epsilon", "layer_norm_eps"), ("norm_eps", "layer_norm_eps")):
+    if hints.get("use_rope") is False:
+        hints["rope_theta"] = None
+    names = (
+        ("layer_norm_epsilon", "layer_norm_eps"),
+        ("norm_eps", "layer_norm_eps"),
+        ("groupnorm_att", "has_group_norm"),
+    )
+    for theirs, ours in names:
         if theirs in hints:
             hints.setdefault(ours, hints[theirs])
     return hints

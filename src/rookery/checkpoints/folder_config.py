@@ -2,6 +2,13 @@
 
 from typing import Any
 
+CONVERTED = {
+    "arwkv": ("rwkv_hybrid", "RwkvHybridForCausalLM"),
+    "rad-rwkv6": ("rwkv6qwen2", "RWKV6Qwen2ForCausalLM"),
+    "rad-rwkv7": ("rwkv7qwen2", "RWKV7Qwen2ForCausalLM"),
+}
+"""Converted transformers -> model type and class of the published models."""
+
 
 def config_json(family: str, layout: str, config: Any, dtype: str) -> dict[str, Any]:
     """Settings of a model for the layout "hf" or "fla"; what only we read has the names of our config's fields."""
@@ -14,6 +21,8 @@ def config_json(family: str, layout: str, config: Any, dtype: str) -> dict[str, 
         "torch_dtype": dtype,
         "use_cache": True,
     }
+    if family in CONVERTED:
+        return shared | _converted(family, config)
     if layout == "hf":
         return shared | _hugging_face(family, config)
     heads = {
@@ -73,4 +82,53 @@ def _fla_6(config: Any) -> dict[str, Any]:
         "proj_low_rank_dim": config.mix_rank,
         "gate_low_rank_dim": config.decay_rank,  # fla's name for the rank of the decay
         "group_norm_eps": config.group_norm_eps,
+    }
+
+
+def _converted(family: str, config: Any) -> dict[str, Any]:
+    kind, name = CONVERTED[family]
+    settings = {
+        "architectures": [name],
+        "model_type": kind,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", config.num_heads),
+    }
+    if family == "arwkv":
+        return settings | {
+            "head_size": config.head_dim,
+            "head_size_divisor": 8,
+            "wkv_version": 7,
+            "wkv_has_gate": config.gate != "none",
+            "wkv_has_group_norm": config.has_group_norm,
+            "gate": config.gate,
+        }
+    settings |= {
+        "head_dim": config.head_dim,
+        "attention_bias": config.qkv_bias,
+        "attention_output_bias": False,
+        "balance_state": config.balance_state,
+        "lora_rank_decay": config.decay_rank,
+    }
+    if family == "rad-rwkv6":
+        rank = {"full": 1, "low-rank": 2, "none": 0}[config.gate]
+        return settings | {
+            "lora_rank_tokenshift": config.mix_rank,
+            "lora_rank_gate": config.gate_rank,
+            "gate_rank_type": rank,
+            "use_tokenshift": True,
+            "use_rope": False,
+            "groupnorm_att": False,
+        }
+    return settings | {
+        "lora_rank_iclr": config.rate_rank,
+        "lora_rank_value_residual_mix": config.value_rank,
+        "lora_rank_gate": config.gate_rank,
+        "gate_rank_type": 2,
+        "use_tokenshift": False,
+        "use_rope": config.rope_theta is not None,
+        "rope_theta": config.rope_theta or 1e6,
+        "groupnorm_att": config.has_group_norm,
     }

@@ -18,8 +18,8 @@ from rookery.checkpoints.source import BFLOAT16, MAX_SIZE, Packed, Source, Store
 from rookery.errors import BadCheckpoint
 
 VERSIONS = (2, 3)
-ARCHITECTURES = ("rwkv6", "rwkv7")
-"""What is read. Their names are also those of the families."""
+ARCHITECTURES = {"rwkv6": "rwkv6", "rwkv7": "rwkv7", "arwkv7": "arwkv", "rwkv6qwen2": "rad-rwkv6"}
+"""What is read -> its family."""
 PLAIN = {0: np.dtype(np.float32), 1: np.dtype(np.float16), 28: np.dtype(np.float64), 30: BFLOAT16}
 PACKED = {
     2: ("Q4_0", 32, 18),
@@ -55,8 +55,7 @@ def read_gguf(path: str | os.PathLike[str]) -> Source:
     architecture = settings.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise BadCheckpoint(
-            f"{where!r} is a GGUF file of the architecture {short(architecture)}; "
-            f"{' and '.join(ARCHITECTURES)} are read"
+            f"{where!r} is a GGUF file of the architecture {short(architecture)}; {', '.join(ARCHITECTURES)} are read"
         )
     table = [_entry(cursor) for _ in range(tensor_count)]
     alignment = settings.get("general.alignment", 32)
@@ -205,6 +204,12 @@ def _metadata(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _hints(settings: Mapping[str, Any]) -> dict[str, Any]:
-    eps = settings.get(f"{settings['general.architecture']}.attention.layer_norm_epsilon")
-    # float32 in the file: 1e-5 has become 9.99999974e-06
-    return {"layer_norm_eps": float(f"{eps:.6g}")} if isinstance(eps, float) else {}
+    """Fields of a config that the settings name."""
+    prefix, hints = settings["general.architecture"], {}
+    for key, name in (("layer_norm_epsilon", "layer_norm_eps"), ("layer_norm_rms_epsilon", "rms_norm_eps")):
+        eps = settings.get(f"{prefix}.attention.{key}")
+        if isinstance(eps, float):
+            hints[name] = float(f"{eps:.6g}")  # float32 in the file: 1e-5 has become 9.99999974e-06
+    if type(head := settings.get(f"{prefix}.wkv.head_size")) is int:
+        hints["head_dim"] = head
+    return hints

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rookery.checkpoints.atomic import replacing
-from rookery.checkpoints.gguf import OURS
+from rookery.checkpoints.gguf import ARCHITECTURES, OURS
 from rookery.checkpoints.source import Stored
 
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
@@ -43,9 +43,9 @@ def write_gguf(
     """
     from gguf import GGUFWriter
 
-    tensors = _with_dummies(tensors) if family == "rwkv7" else tensors
+    tensors = _with_dummies(tensors) if family in ("rwkv7", "arwkv") else tensors
     kinds = {name: _kind(name, tensor, dtype) for name, tensor in tensors.items()}
-    writer = GGUFWriter(None, family)
+    writer = GGUFWriter(None, next(name for name, known in ARCHITECTURES.items() if known == family))
     _describe(writer, family, config, tensors, kinds)
     _vocabulary(writer, pieces, config.vocab_size)
     writer.add_string(OURS, json.dumps(dict(metadata)))
@@ -117,19 +117,25 @@ def _describe(writer: Any, family: str, config: Any, tensors: Mapping[str, Store
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_layer_norm_eps(config.layer_norm_eps)
     writer.add_head_count(0)
     writer.add_wkv_head_size(config.head_dim)
-    writer.add_token_shift_count(2)
-    if family == "rwkv6":
+    converted = hasattr(config, "rms_norm_eps")
+    writer.add_token_shift_count(1 if converted else 2)
+    if converted:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    else:
+        writer.add_layer_norm_eps(config.layer_norm_eps)
+    if family in ("rwkv6", "rad-rwkv6"):
         writer.add_rescale_every_n_layers(0)  # nothing is divided: float32 and bfloat16 do not overflow
+        if converted:
+            writer.add_head_count_kv(config.num_key_value_heads)
         writer.add_time_mix_extra_dim(config.mix_rank)
         writer.add_time_decay_extra_dim(config.decay_rank)
     else:
         writer.add_decay_lora_rank(config.decay_rank)
         writer.add_iclr_lora_rank(config.rate_rank)
         writer.add_value_residual_mix_lora_rank(config.value_rank)
-        writer.add_gate_lora_rank(config.gate_rank)
+        writer.add_gate_lora_rank(0 if getattr(config, "gate", "") == "none" else config.gate_rank)
 
 
 def _vocabulary(writer: Any, pieces: Mapping[int, bytes] | None, vocab_size: int) -> None:

@@ -38,6 +38,8 @@ STEPS = {
     "join_heads": Step(lambda x: x.reshape(-1), lambda x: x),
     "join_five": Step(lambda x: x.reshape(-1, x.shape[-1]), lambda x: x.reshape(5, -1, x.shape[-1])),
     # five blocks of rows, w k v r g outside fla and r w k v g in it
+    # and r k v w g in rwkv6qwen2, w k v r g in its GGUF
+    "w_first": Step(partial(_blocks, order=(3, 1, 2, 0, 4)), partial(_blocks, order=(3, 1, 2, 0, 4))),
     "r_first": Step(partial(_blocks, order=(3, 0, 1, 2, 4)), partial(_blocks, order=(1, 2, 3, 0, 4))),
     "exp": Step(np.exp, np.log, moves=False),
     "negative_exp": Step(lambda x: -np.exp(x), lambda x: np.log(-x), moves=False),
@@ -57,8 +59,8 @@ def from_foreign(layout: Layout, tensors: Mapping[str, Stored]) -> dict[str, Sto
         elif isinstance(rule.official, str):
             official[_named(rule.official, layer)] = _changed(tensor, _inward(rule))
         else:
-            parts = len(rule.official)
-            for i, part in enumerate(rule.official):
+            parts = min(len(rule.official), tensor.shape[0]) if rule.shorter else len(rule.official)
+            for i, part in enumerate(rule.official[:parts]):
                 changes = [*_inward(rule), (True, partial(_row, i=i, of=parts))]
                 official[_named(part, layer)] = _changed(tensor, changes, share=parts)
     return official
@@ -79,7 +81,8 @@ def to_foreign(layout: Layout, tensors: Mapping[str, Stored]) -> dict[str, Store
         elif isinstance(rule.official, str):
             foreign[_named(rule.foreign, layer)] = _changed(tensor, _outward(rule))
         elif name == _named(rule.official[0], layer):
-            stack = _stacked([tensors[_named(part, layer)] for part in rule.official])
+            names = [_named(part, layer) for part in rule.official]
+            stack = _stacked([tensors[part] for part in names if part in tensors or not rule.shorter])
             foreign[_named(rule.foreign, layer)] = _changed(stack, _outward(rule))
     return foreign
 

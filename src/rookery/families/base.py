@@ -42,6 +42,8 @@ class Family:
     """Config -> name and shape of every parameter, in the official order."""
     is_unused: Callable[[str], bool] = field(default=lambda name: False)
     """True for tensors that published files carry and the model does not use; loading drops them and says so."""
+    is_idle: Callable[[Any, str], bool] = field(default=lambda config, name: False)
+    """The same where the config decides: config, name -> True."""
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     """Format name ("ggmf", "fla", "gguf") -> key map; see `rookery.checkpoints.layout`."""
     fingerprinted: tuple[str, str] = ("emb.weight", "ln_out.weight")

@@ -19,6 +19,8 @@ class Rule:
     """Official name, or the names of tensors that are stacked along a new first axis."""
     steps: tuple[str, ...] = ()
     """Names of the steps from official to foreign, applied to each official tensor, or to the stack."""
+    shorter: bool = False
+    """True if the last tensors of the stack may be absent."""
 
 
 @dataclass(frozen=True, kw_only=True)

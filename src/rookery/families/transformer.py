@@ -87,7 +87,10 @@ def tensor_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
 
 
 def recognise(shapes: Shapes) -> bool:
-    return "model.layers.0.self_attn.q_proj.weight" in shapes and "model.layers.0.mlp.gate_proj.weight" in shapes
+    at = "model.layers.0.self_attn."
+    # RADLADS' students keep the projections and have a recurrence between them
+    recurrent = at + "w0" in shapes or at + "time_maa_w1" in shapes
+    return at + "q_proj.weight" in shapes and "model.layers.0.mlp.gate_proj.weight" in shapes and not recurrent
 
 
 def config_from_shapes(shapes: Shapes, head_dim: int | None = None) -> TransformerConfig:

@@ -109,9 +109,11 @@ def check_cu_seqlens(tokens: Tensor, cu_seqlens: Tensor) -> None:
 
 def _drop_unused(module: LanguageModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Lets official state dicts load strictly: tensors that they carry and nobody uses are taken out."""
-    is_unused = families()[module.family].is_unused
-    for name in [name for name in state_dict if name.startswith(prefix) and is_unused(name.removeprefix(prefix))]:
-        del state_dict[name]
+    family = families()[module.family]
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        own = name.removeprefix(prefix)
+        if family.is_unused(own) or family.is_idle(module.config, own):
+            del state_dict[name]
 
 
 def _sample(weight: Tensor) -> np.ndarray:
