@@ -20,7 +20,12 @@ from rookery.models import load, save_model
 pytestmark = pytest.mark.peer
 PROMPT = list(b"The Eiffel tower is in the city of")
 SIZES = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "num_hidden_layers": 7}
-EXTRA = {"rwkv7": {"gate_rank": 32}, "rwkv6": {"mix_rank": 32, "decay_rank": 64, "gate_rank": 64}}
+EXTRA = {
+    "rwkv7": {"gate_rank": 32},
+    "rwkv6": {"mix_rank": 32, "decay_rank": 64, "gate_rank": 64},
+    "arwkv": {"gate": "none"},
+    "rad-rwkv6": {"num_attention_heads": 4, "num_key_value_heads": 2, "mix_rank": 32, "decay_rank": 64},
+}
 BUDGET = {"float32": 1e-5, "float16": 0.02, "bfloat16": 0.05, "q8_0": 0.2, "q4_0": 0.2}
 """Root of the mean squared difference of the logits, in units of theirs: llama.cpp also rounds what it multiplies."""
 
@@ -42,7 +47,7 @@ def saved(tmp_path, family, vocab_size):
     return tmp_path / "model.safetensors"
 
 
-@pytest.mark.parametrize("family", ["rwkv6", "rwkv7"])
+@pytest.mark.parametrize("family", list(EXTRA))
 @pytest.mark.parametrize("dtype", list(BUDGET))
 def test_llama_cpp_runs_our_files_with_our_logits(tmp_path, family, dtype):
     path = tmp_path / f"{family}.gguf"

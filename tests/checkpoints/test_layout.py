@@ -86,7 +86,7 @@ def test_the_mixes_of_the_first_fla_versions_are_read():
 
 @pytest.mark.parametrize("name", STEPS)
 def test_every_step_has_its_inverse_and_shape(name):
-    shape = {"join_five": (5, 4, 6), "r_first": (10, 1, 6)}.get(name, (4, 1, 6))
+    shape = {"join_five": (5, 4, 6), "r_first": (10, 1, 6), "w_first": (10, 1, 6)}.get(name, (4, 1, 6))
     array = np.linspace(-3, 1, math.prod(shape)).reshape(shape)
     layout = Layout(rules=(Rule("f.{layer}.x", "o.{layer}.x", (name,)),))
     foreign = to_foreign(layout, {"o.17.x": in_memory(array)})
