@@ -1,16 +1,24 @@
 """State files: what comes back is what was written, and anything else is refused."""
 
 import json
+import random
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import rookery
 from rookery.checkpoints.state_file import fingerprint, read_state, write_state
 from rookery.errors import BadState
 
+SAVER = str(Path(__file__).with_name("kill_while_saving.py"))
+ENVIRONMENT = {"PYTHONPATH": str(Path(rookery.__file__).parents[1])}
 ARRAYS = {
     "layers.0.wkv": np.arange(12, dtype=np.float32).reshape(1, 3, 4),
     "layers.0.att_shift": np.array([[1.5, -2]], dtype=ml_dtypes.bfloat16),
@@ -111,3 +119,65 @@ def test_a_fingerprint_tells_models_apart():
         named(norm=np.array([1, 1, 1, 0.9])),
     ]
     assert len({named(), *others}) == 5
+
+
+def kills(folder, times):
+    """Kills a process that saves all the time, `times` times, and checks what each leaves."""
+    folder.mkdir(exist_ok=True)
+    path, draw = folder / "story.state", random.Random(1)
+    values = set()
+    for _ in range(times):
+        saving = subprocess.Popen([sys.executable, SAVER, str(path)], stdout=subprocess.PIPE, env=ENVIRONMENT)
+        saving.stdout.readline()
+        time.sleep(draw.uniform(0, 0.15))
+        saving.kill()
+        saving.communicate()
+        if path.exists():
+            (wkv,) = read_state(path, model="a model").values()
+            assert len(np.unique(wkv)) == 1
+            values.add(float(wkv[0, 0, 0, 0]))
+        for left in folder.iterdir():
+            if left != path:
+                assert left.name.endswith(".part")
+                left.unlink()
+    assert values
+
+
+def test_a_file_is_whole_or_absent_when_its_writer_is_killed(tmp_path):
+    kills(tmp_path, 5)
+
+
+@pytest.mark.slow
+def test_a_file_is_whole_or_absent_a_thousand_times(tmp_path):
+    kills(tmp_path, 1000)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damage_anywhere_is_refused_or_changes_nothing(path, seed):
+    """Bytes are changed, cut out, put in or repeated, in the header as well as in the tensors."""
+    whole, draw = path.read_bytes(), random.Random(seed)
+    refused = 0
+    for _ in range(150):
+        data = bytearray(whole)
+        at, count = draw.randrange(len(data)), draw.choice([1, 1, 1, 2, 8])
+        how = draw.choice(["flip", "flip", "random", "cut", "insert", "end"])
+        if how == "flip":
+            data[at] ^= 1 << draw.randrange(8)
+        elif how == "random":
+            data[at : at + count] = draw.randbytes(count)
+        elif how == "cut":
+            del data[at : at + count]
+        elif how == "insert":
+            data[at:at] = draw.randbytes(count)
+        else:
+            del data[at:]
+        path.write_bytes(data)
+        try:
+            back = read_state(path, model="m")
+        except BadState:
+            refused += 1
+            continue
+        assert back.keys() == ARRAYS.keys()
+        for name, array in ARRAYS.items():
+            assert (back[name].dtype, back[name].tobytes()) == (array.dtype, array.tobytes())
+    assert refused > 100

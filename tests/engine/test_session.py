@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 from support.engine import scripted
 
+from rookery.engine.llm import LLM
+from rookery.engine.scheduler import Scheduler
 from rookery.engine.session import CHUNK
 from rookery.errors import BadState
 
@@ -312,3 +314,29 @@ def test_log_probabilities_are_told_for_every_token():
 def test_a_bias_may_not_be_for_an_unknown_token():
     with pytest.raises(ValueError, match="got token 99, the model knows 0 to 15"):
         fed("a").stream(logit_bias={99: 1.0})
+
+
+def test_hundreds_of_sessions_are_saved_and_restored_exactly(tmp_path, monkeypatch):
+    many_sessions(tmp_path, monkeypatch, 200)
+
+
+@pytest.mark.slow
+def test_ten_thousand_sessions_are_saved_and_restored_exactly(tmp_path, monkeypatch):
+    many_sessions(tmp_path, monkeypatch, 10_000)
+
+
+def many_sessions(folder, monkeypatch, count):
+    monkeypatch.setattr("os.fsync", lambda handle: None)  # this is about what is written, not when
+    model = LLM(threads=1)
+    prompts = [f"Story {i}: a dog" for i in range(count)]
+    scheduler = Scheduler(model, rows=64)
+    texts = [scheduler.submit(prompt, 4, seed=i) for i, prompt in enumerate(prompts)]
+    scheduler.run()
+    for i, text in enumerate(texts):
+        text.session.save(folder / str(i))
+    for i, text in enumerate(texts):
+        again = model.session(folder / str(i))
+        assert again.tokens_seen == text.session.tokens_seen
+        assert (again._at.state.numbers == text.session._at.state.numbers).all()
+        assert (again._at.logits == text.session._at.logits).all()
+        assert again._at.recent == text.session._at.recent

@@ -32,6 +32,8 @@ END_OF_TEXT = 0
 """The token that ends a text in every RWKV vocabulary."""
 CHUNK = 512
 """Tokens of a prompt that are read in one call: bounds memory, and lets an interruption through."""
+KEPT = 64
+"""Snapshots that a session keeps at most: memory must not grow with a conversation."""
 CONTEXT = 2048
 """Tokens of a session that are remembered as such."""
 RECENT = 8
@@ -227,10 +229,12 @@ class Session:
         return branch
 
     def keep(self) -> int:
-        """Keeps a snapshot to `rewind` to; its name is the number of tokens that are in it."""
+        """Keeps a snapshot to `rewind` to; its name is the number of tokens in it. Of more than 64 the oldest goes."""
         at = self._shown()
         self._read(at)
         self._kept[at.state.tokens_seen] = at.copy()
+        if len(self._kept) > KEPT:
+            del self._kept[min(self._kept)]
         return at.state.tokens_seen
 
     @property

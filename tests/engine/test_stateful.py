@@ -1,0 +1,163 @@
+"""Scheduler and cache under any order of events, against one text at a time."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from support.engine import Read, Remembering
+
+from rookery.engine.llm import LLM
+from rookery.engine.scheduler import Scheduler
+from rookery.engine.session import Position
+from rookery.engine.state_cache import StateCache
+
+VOCAB = 6
+PROMPT = st.lists(st.integers(1, 2), min_size=1, max_size=40)
+SETTINGS = settings(
+    max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+class Schedule(RuleBasedStateMachine):
+    """Requests come, are cancelled, forked and gone on with; every text is a beginning of the one it has alone."""
+
+    texts = Bundle("texts")
+
+    @initialize(rows=st.integers(1, 4), prefill=st.integers(1, 50), budget=st.sampled_from([None, 0, 300, 1 << 20]))
+    def begin(self, rows, prefill, budget):
+        self.llm = LLM.from_runner(Remembering(VOCAB))
+        cache = None if budget is None else StateCache(budget)
+        self.scheduler = Scheduler(self.llm, rows=rows, prefill=prefill, cache=cache)
+        self.requests = []
+
+    def alone(self, prompt, order):
+        session = self.llm.session()
+        session.feed(prompt)
+        return list(session.stream_tokens(order["max_tokens"], seed=order["seed"], top_p=1.0))
+
+    @rule(target=texts, prompt=PROMPT, max_tokens=st.integers(0, 12), seed=st.integers(0, 3))
+    def submit(self, prompt, max_tokens, seed):
+        order = {"max_tokens": max_tokens, "seed": seed}
+        text = self.scheduler.submit(prompt, tokens=True, top_p=1.0, **order)
+        self.requests.append((text, prompt, order))
+        return text
+
+    @rule(target=texts, text=texts, more=PROMPT, seed=st.integers(0, 3))
+    def go_on_with_a_fork(self, text, more, seed):
+        if not text.done or text.session is None:
+            return text
+        branch = text.session.fork()
+        told = [*branch._at.state.tokens, *branch._at.unread, *more]
+        order = {"max_tokens": 5, "seed": seed}
+        follow = self.scheduler.submit(more, session=branch, tokens=True, top_p=1.0, **order)
+        self.requests.append((follow, told, order))
+        return follow
+
+    @rule(text=texts)
+    def cancel(self, text):
+        text.cancel()
+
+    @rule(times=st.integers(1, 6))
+    def tick(self, times):
+        for _ in range(times):
+            self.scheduler.tick()
+
+    @invariant()
+    def bounds_hold(self):
+        if hasattr(self, "scheduler"):
+            assert self.scheduler.load[0] <= self.scheduler.rows
+            cache = self.scheduler.cache
+            assert cache is None or cache.nbytes <= cache.budget
+
+    def teardown(self):
+        if not hasattr(self, "scheduler"):
+            return
+        self.scheduler.run()
+        for text, prompt, order in self.requests:
+            got, expected = list(text), self.alone(prompt, order)
+            assert text.error is None
+            assert got == expected[: len(got)]
+            if text.finish_reason != "closed":
+                assert got == expected
+                session = text.session
+                assert [*session._at.state.tokens, *session._at.unread] == prompt + expected
+
+
+class Kept(Read):
+    nbytes = 100
+
+    def copy(self):
+        return Kept(self.tokens)
+
+
+class KeptRunner(Remembering):
+    def init_state(self, tensors=None):
+        return Kept() if tensors is None else Kept(tensors["layers.0.tokens"][0].tolist())
+
+
+class Cache(RuleBasedStateMachine):
+    """What is found is the longest prefix of those that can still be there, and is that prefix's state."""
+
+    @initialize(budget=st.integers(0, 900), disk=st.sampled_from([None, 0, 3000, 1 << 20]))
+    def begin(self, budget, disk):
+        self.folder = None if disk is None else tempfile.TemporaryDirectory()
+        self.options = {"budget": budget, "folder": self.folder and self.folder.name, "disk_budget": disk or 0}
+        self.cache = self.open()
+        self.kept = set()
+
+    def open(self):
+        cache = StateCache(**self.options)
+        cache.bind(KeptRunner(VOCAB))
+        return cache
+
+    @rule(prefix=PROMPT)
+    def keep(self, prefix):
+        self.cache.keep(prefix, Position(Kept(prefix), np.full(3, len(prefix), np.float32)))
+        self.kept.add(tuple(prefix))
+
+    @rule(tokens=PROMPT)
+    def find(self, tokens):
+        there = {*self.cache.prefixes()}
+        hit = self.cache.find(tokens)
+        known = [prefix for prefix in there if tuple(tokens[: len(prefix)]) == prefix]
+        assert hit.length == max(map(len, known), default=0)
+        assert hit.shared >= hit.length
+        if hit.position is not None:
+            assert hit.position.state.tokens == tokens[: hit.length]
+            assert (hit.position.logits == hit.length).all()
+            hit.position.state.tokens.clear()  # the caller's own
+
+    @rule()
+    def start_again(self):
+        self.cache.close()
+        before = {*self.cache.prefixes()} if self.options["folder"] else set()
+        self.cache = self.open()
+        if self.options["disk_budget"] >= 1 << 20:
+            assert {*self.cache.prefixes()} == before
+
+    @invariant()
+    def bounds_hold(self):
+        if not hasattr(self, "cache"):
+            return
+        cache = self.cache
+        assert {*cache.prefixes()} <= self.kept
+        assert cache.nbytes <= max(cache.budget, 300)  # one that was asked for may be larger than the budget
+        assert cache.disk_nbytes <= cache.disk_budget
+        if cache.folder is not None:
+            sizes = [file.stat().st_size for file in Path(cache.folder).iterdir()]
+            assert sum(sizes) == cache.disk_nbytes
+
+    def teardown(self):
+        if getattr(self, "folder", None) is not None:
+            self.folder.cleanup()
+
+
+def test_any_order_of_requests_gives_the_texts_that_each_has_alone():
+    run_state_machine_as_test(Schedule, settings=SETTINGS)
+
+
+def test_any_order_of_uses_of_the_cache_finds_the_longest_prefix():
+    run_state_machine_as_test(Cache, settings=SETTINGS)
