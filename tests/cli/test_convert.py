@@ -33,3 +33,17 @@ def test_a_refusal_is_one_line(cli, model_path, tmp_path):
     assert (code, err.count("\n")) == (1, 1)
     assert "no target named 'onnx'" in err
     assert not (tmp_path / "m.pth").exists()
+
+
+def test_what_no_file_tells_may_be_said(cli, tmp_path):
+    import torch
+
+    from rookery.models import create_model, load
+
+    torch.save(create_model("rosa-4bit-test").state_dict(), tmp_path / "rosa.pth")
+    code, _, err = cli("convert", tmp_path / "rosa.pth", tmp_path / "m.safetensors", "--setting", "bits=4")
+    assert code == 0, err
+    assert load(tmp_path / "m.safetensors").config.bits == 4
+    code, _, err = cli("convert", tmp_path / "rosa.pth", tmp_path / "n.safetensors", "--setting", "bits")
+    assert code == 2
+    assert "'bits' is no NAME=VALUE" in err

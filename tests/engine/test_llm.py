@@ -229,3 +229,28 @@ def test_the_file_name_tells_the_template(tmp_path, path):
     named.write_bytes(path.read_bytes())
     assert LLM(named).template.name == "g1"
     assert LLM(named, template="world").template.name == "world"
+
+
+def test_what_no_file_tells_may_be_said(tmp_path):
+    model = randomised("rosa-4bit-test", dtype=torch.float32)
+    torch.save(model.state_dict(), tmp_path / "rosa.pth")
+    tokens = [1, 2, 3, 1, 2, 3, 1, 2]
+    with torch.no_grad():
+        expected = model(torch.tensor([tokens]))[0][0].numpy()
+    assert np.abs(LLM(tmp_path / "rosa.pth").logits(tokens) - expected).max() > 1e-3
+    told = LLM(tmp_path / "rosa.pth", settings={"bits": 4})
+    assert told.runner.config == model.config
+    np.testing.assert_allclose(told.logits(tokens), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UnknownName, match="no setting named 'bit'. Did you mean 'bits'"):
+        LLM(tmp_path / "rosa.pth", settings={"bit": 4})
+    with pytest.raises(ValueError, match=r"bits \(5\) must be 1 to 8 and divide hidden_size"):
+        LLM(tmp_path / "rosa.pth", settings={"bits": 5})
+    with pytest.raises(BadCheckpoint, match="'emb.weight' has shape"):
+        LLM(tmp_path / "rosa.pth", settings={"vocab_size": 65})
+
+
+def test_a_prompt_of_a_pile_model_ends_as_in_the_official_chat(tmp_path):
+    save_model(randomised("rwkv4-test", dtype=torch.float32, vocab_size=50277), tmp_path / "raven.safetensors")
+    llm = LLM(tmp_path / "raven.safetensors")
+    assert llm.tokenizer.name == "20b"
+    assert llm.tokens_of("Bob: hi\n\n")[-2:] == [187, 187]

@@ -106,3 +106,14 @@ def test_gguf_form_of_the_world_vocabulary_is_the_world_vocabulary():
 def test_metadata_name_a_file_beside_the_model_and_nothing_else(tmp_path, name):
     with pytest.raises(BadTokenizer, match="which is no plain file name"):
         resolve(vocab_size=300, path=tmp_path, metadata={"tokenizer": name})
+
+
+def test_a_prompt_of_a_pile_model_ends_in_two_single_line_ends():
+    from rookery.tokenizers.pairing import prompt_ids
+
+    neox = load_tokenizer("20b")
+    assert neox.encode("Bob: hi\n\n")[-1] == 535
+    assert prompt_ids(neox, "Bob: hi\n\n") == [*neox.encode("Bob: hi"), 187, 187]
+    assert prompt_ids(neox, "a\n\nb") == neox.encode("a\n\nb")
+    assert prompt_ids(neox, "") == []
+    assert prompt_ids(load_tokenizer("world"), "a\n\n") == load_tokenizer("world").encode("a\n\n")

@@ -20,7 +20,7 @@ from rookery.checkpoints.safetensors import CONVENTION
 from rookery.checkpoints.source import Source, Stored, short
 from rookery.checkpoints.state_file import fingerprint
 from rookery.checkpoints.tuned_state import states_among
-from rookery.errors import BadCheckpoint
+from rookery.errors import BadCheckpoint, UnknownName, unknown
 from rookery.families.base import Family
 from rookery.registry import families, recognise
 
@@ -91,8 +91,11 @@ class Checkpoint(Mapping[str, np.ndarray]):
         return fingerprint(self.family.name, self.config, self[embedding][:16], self[final_norm])
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], *, settings: Mapping[str, Any] | None = None) -> Checkpoint:
     """The model in a file, a folder or on the Hub, whatever its format; BadCheckpoint says what is wrong.
+
+    `settings` are fields of the family's config that neither the file nor its tensors tell, as {"bits": 4} for a 4-bit
+    ROSA model; they win over what was guessed. UnknownName for a field that the config does not have.
 
     Nothing that a file contains is executed. Tensors missing, unknown or of the wrong shape for the family are refused
     by name. A path that is not there and looks like "owner/name" is a model on the Hugging Face Hub: see `hub`.
@@ -104,7 +107,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     where = os.fspath(path)
     source = read_folder(path) if os.path.isdir(path) else with_sidecar(read_file(path), where)
     try:
-        return _understood(source, where)
+        checkpoint = _understood(source, where)
+        return _told(checkpoint, settings) if settings else checkpoint
+    except UnknownName:
+        raise
     except BadCheckpoint as refused:
         raise BadCheckpoint(_placed(str(refused), where)) from None
     # names and sizes come from the file: a family's rules may stumble over any of them
@@ -112,6 +118,20 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise BadCheckpoint(
             f"{where!r}: its tensors make no model ({type(damage).__name__}: {short(damage)})"
         ) from None
+
+
+def _told(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Checkpoint:
+    """`checkpoint` with these fields of its config; BadCheckpoint where its tensors contradict."""
+    family, known = checkpoint.family, [f.name for f in fields(checkpoint.config)]
+    for name in settings:
+        if name not in known:
+            raise unknown("setting", name, known, f"{family.config.__name__}")
+    config = replace(checkpoint.config, **settings)
+    wanted = family.tensor_shapes(config)
+    idle = {name: tensor for name, tensor in checkpoint.kept.items() if name in wanted}
+    tensors = _fitted(family, config, {**checkpoint.tensors, **idle})
+    kept = {name: tensor for name, tensor in checkpoint.kept.items() if name not in tensors}
+    return replace(checkpoint, config=config, tensors=tensors, kept=kept, unused=tuple(kept))
 
 
 def with_sidecar(source: Source, where: str) -> Source:

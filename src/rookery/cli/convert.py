@@ -7,6 +7,8 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from rookery.cli.options import add_settings
+
 if TYPE_CHECKING:
     from rookery.checkpoints.checkpoint import Checkpoint
 
@@ -25,9 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="float32, float16 or bfloat16; gguf also q8_0, q4_0; .safetensors int8, int4 (the source's precision)",
     )
 
+    add_settings(parser)
+
 
 def run(args: argparse.Namespace) -> int:
-    return write(args.source, args.destination, to=args.to, dtype=args.dtype)
+    from rookery.checkpoints.checkpoint import open_checkpoint
+
+    source = open_checkpoint(args.source, settings=dict(args.setting))
+    return write(source, args.destination, to=args.to, dtype=args.dtype)
 
 
 def write(source: str | Checkpoint, destination: str, *, to: str | None, dtype: str | None) -> int:

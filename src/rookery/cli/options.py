@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 from collections.abc import Iterator
@@ -35,7 +36,30 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--isa", metavar="NAME", help="force an instruction set, as avx2; `rookery doctor` lists them")
     group.add_argument("--adapter", metavar="FILE", help="merge an adapter of RWKV-PEFT or a folder of peft")
     group.add_argument("--adapter-alpha", type=float, metavar="X", help="alpha of a LoRA whose file does not say it")
+    add_settings(group)
     group.add_argument("--device", metavar="NAME", help="run with torch on this device, as cuda")
+
+
+def add_settings(parser: argparse._ActionsContainer) -> None:
+    """What no file tells of a model."""
+    parser.add_argument(
+        "--setting",
+        action="append",
+        default=[],
+        type=_setting,
+        metavar="NAME=VALUE",
+        help="field of the model's config that no file tells, as bits=4; repeatable",
+    )
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:
@@ -87,6 +111,7 @@ def load_llm(args: argparse.Namespace, template: str | None = None) -> LLM:
         template=template,
         adapter=args.adapter,
         adapter_alpha=args.adapter_alpha,
+        settings=dict(args.setting),
     )
 
 

@@ -41,7 +41,8 @@ class LLM:
     what the compiled runtime does not know. `tokenizer` is a tokenizer, or the name or file of one; left out, it is
     found when text is first needed. `template` names the form of a conversation that the model was trained on ("g1",
     "world", "raven"), where its file name does not tell. `adapter` is a file of RWKV-PEFT or a folder of peft
-    that is merged into the weights, `adapter_alpha` the alpha of a LoRA whose file does not say it. Raises
+    that is merged into the weights, `adapter_alpha` the alpha of a LoRA whose file does not say it.
+    `settings` are fields of the model's config that no file tells, as {"bits": 4} for a 4-bit ROSA model. Raises
     BadCheckpoint for what is no model, BackendUnavailable or MissingDependency for what cannot run here.
     """
 
@@ -57,6 +58,7 @@ class LLM:
         template: str | None = None,
         adapter: str | os.PathLike[str] | None = None,
         adapter_alpha: float | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         if quantize is not None and quantize not in FORMATS:
             supported = ", ".join(map(repr, FORMATS))
@@ -65,7 +67,7 @@ class LLM:
             raise ValueError(f"threads must be 1 or more, got {threads}; leave it out to let the model's size decide")
         from rookery.checkpoints.checkpoint import open_checkpoint
 
-        checkpoint = open_checkpoint(model_path(path))
+        checkpoint = open_checkpoint(model_path(path), settings=settings)
         if adapter is not None:
             from rookery.checkpoints.adapter import adapted
 
@@ -242,7 +244,9 @@ class LLM:
         """Token ids of a text; ids are checked and come back as they are."""
         vocab_size = self.runner.config.vocab_size
         if isinstance(text_or_ids, str):
-            ids, source = self.tokenizer.encode(text_or_ids), "the tokenizer gives"
+            from rookery.tokenizers.pairing import prompt_ids
+
+            ids, source = prompt_ids(self.tokenizer, text_or_ids), "the tokenizer gives"
         else:
             ids, source = [operator.index(token) for token in text_or_ids], "got"
         for token in ids:

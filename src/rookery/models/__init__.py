@@ -62,17 +62,19 @@ def load(
     dtype: torch.dtype | None = None,
     adapter: str | os.PathLike[str] | None = None,
     adapter_alpha: float | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Any:
     """The model in a file or folder of any readable format, with the file's precision unless `dtype` is given.
 
     `adapter` is a file of RWKV-PEFT or a folder of peft that is merged into the weights; `adapter_alpha` the alpha of a
-    LoRA whose file does not say it. `path` may be an open checkpoint.
+    LoRA whose file does not say it. `settings` are fields of the config that no file tells, as {"bits": 4} for ROSA.
+    `path` may be an open checkpoint.
 
     A model has one dtype: that of most numbers in the file; quantised weights become float32. Nothing in the file is
     executed. Raises BadCheckpoint for a file that is damaged, of no registered family, or with weights missing, unknown
     or of the wrong shape.
     """
-    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path, settings=settings)
     if adapter is not None:
         from rookery.checkpoints.adapter import adapted
 

@@ -21,6 +21,8 @@ NAMES = ("world", "20b", "bytes")
 """Tokenizers that come with the package."""
 ROWS = {65536: "world", 50277: "20b", 50304: "20b", 256: "bytes"}
 """Rows of the embedding, and the tokenizer that published models of so many rows use."""
+BLANK_LINE_20B, LINE_END_20B = 535, 187
+r"""The 20B tokenizer's "\n\n" and "\n"."""
 FILES = ("tokenizer.json", "vocab.txt", "rwkv_vocab_v20230424.txt", "20B_tokenizer.json")
 """File names by which a tokenizer is found beside its model."""
 
@@ -52,6 +54,18 @@ def _from_json(path: Path, name: str | None = None) -> Tokenizer:
     from rookery.tokenizers.huggingface import HuggingFaceTokenizer
 
     return HuggingFaceTokenizer(path, name)
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a text that a model is to continue.
+
+    The 20B tokenizer has one token for two line ends, behind which Pile models were seldom at a text's end: a prompt
+    ends in two single ones instead, as in the official chat code (core.md 3.2).
+    """
+    ids = tokenizer.encode(text)
+    if getattr(tokenizer, "name", None) == "20b" and ids[-1:] == [BLANK_LINE_20B]:
+        ids[-1:] = [LINE_END_20B] * 2
+    return ids
 
 
 def resolve(
