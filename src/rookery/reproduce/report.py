@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -117,9 +118,9 @@ The figures are also in [{name}.json]({name}.json).
 def reflow(text: str, width: int = 120) -> str:
     """Markdown with its paragraphs wrapped anew; lists, tables, quotes and indented blocks stay as they are."""
     blocks = text.strip().split("\n\n")
-    kept = ("-", "*", "|", ">", "!", "#", "`", " ", "1")
+    kept = re.compile(r"[-*|>!#` ]|\d+\. ")
     return "\n\n".join(
-        block if block.startswith(kept) else textwrap.fill(block, width, break_long_words=False, break_on_hyphens=False)
+        block if kept.match(block) else textwrap.fill(block, width, break_long_words=False, break_on_hyphens=False)
         for block in blocks
     )
 

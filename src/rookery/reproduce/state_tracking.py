@@ -157,7 +157,7 @@ position is the product so far, one of 120 (chance {WordProblem().chance:.4f}). 
 {sizes["head_dim"]}, MLP of {sizes["intermediate_size"]}; the arms are whole models of the library, token shift and
 channel mix included; the GPT has rotary positions.
 
-{how.steps} steps of {how.batch_size} fresh rows, whose length grows from 3 to {LENGTH} over the first half; AdamW,
+{how.steps:,} steps of {how.batch_size} fresh rows, whose length grows from 3 to {LENGTH} over the first half; AdamW,
 learning rate {how.lr:g} with warm-up and cosine for all arms, not searched. Accuracy over all positions of
 {how.test_rows} rows that training never saw."""
 
