@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import torch
 from rookery.models import create_model, save_model
 from rookery.recipes import recipe
 from rookery.train.checkpoint import load_checkpoint
-from rookery.train.config import overlay
+from rookery.train.config import overlay, parse_settings
 from rookery.train.loop import TrainingFailed, prepare, train
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog does not mind at all.\n" * 60
@@ -190,3 +191,110 @@ def test_a_signal_saves_and_ends_with_its_code_and_the_same_command_continues(co
     again = [*command, "--set", f"steps={done + 2}"]
     subprocess.run(again, env=environment, check=True, capture_output=True, timeout=60)
     assert [row["step"] for row in rows(config)] == list(range(1, done + 3))
+
+
+def test_accumulation_takes_the_same_steps(config, tmp_path):
+    train(dataclasses.replace(config, steps=5))
+    parts = dataclasses.replace(config, steps=5, accumulate=4, out=str(tmp_path / "parts"))
+    train(parts)
+    assert losses(parts) == pytest.approx(losses(config), abs=2e-4)
+
+
+def test_rows_that_cannot_be_divided_are_refused(config):
+    with pytest.raises(ValueError, match="batch_size=4 rows cannot be divided among 3"):
+        train(dataclasses.replace(config, accumulate=3))
+
+
+@pytest.mark.parametrize("changes", [{"recompute": True}, {"compile": "eager"}], ids=["recompute", "compile"])
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler
+def test_recomputation_and_compilation_change_nothing(config, tmp_path, changes):
+    train(dataclasses.replace(config, steps=2))
+    other = dataclasses.replace(config, steps=2, out=str(tmp_path / "other"), **changes)
+    train(other)
+    assert losses(other) == pytest.approx(losses(config), abs=1e-5)
+
+
+def failing_losses(monkeypatch, at):
+    """Makes the loss of the steps `at` infinite."""
+    import rookery.train.tasks.language as task
+
+    original = task.LanguageTask.batch
+    seen = []
+
+    def batch(self, step):
+        seen.append(step)
+        return original(self, step)
+
+    def loss(model, inputs, targets, l2wrap=0.0):
+        found = language_loss(model, inputs, targets, l2wrap)
+        return found * math.inf if seen[-1] in at else found
+
+    language_loss = task.language_loss
+    monkeypatch.setattr(task.LanguageTask, "batch", batch)
+    monkeypatch.setattr(task, "language_loss", loss)
+
+
+def test_a_step_without_a_finite_loss_is_skipped_and_said(config, monkeypatch, capsys):
+    failing_losses(monkeypatch, {3, 4, 7})
+    config = dataclasses.replace(config, bad_steps=3, validate_every=0)
+    assert train(config).step == 12
+    assert [row["step"] for row in rows(config) if row.get("skipped")] == [3, 4, 7]
+    assert rows(config)[2]["loss"] is None
+    assert losses(config)[-1] < losses(config)[0]
+    assert "step 3: the loss or the gradient is not finite; skipped" in capsys.readouterr().err
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run_also_across_a_resume(config, monkeypatch):
+    failing_losses(monkeypatch, {3, 4, 5})
+    config = dataclasses.replace(config, bad_steps=3, save_every=1)
+    train(dataclasses.replace(config, steps=4))
+    with pytest.raises(TrainingFailed, match="the loss of step 5 is inf.*the last checkpoint is of step 4"):
+        train(config)
+
+
+FULL = """
+import resource, sys
+from rookery.cli.main import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def command_line(config, *settings):
+    given = [f"data.path={config.data.path}", f"out={config.out}", "data.sequence_length=16", "batch_size=4", *settings]
+    return ["train", "tiny-test", *(word for setting in given for word in ("--set", setting))]
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_leaves_what_was_there(config):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, *command_line(config, "save_every=2")],
+        env=environment, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "rookery: step 2 could not be saved" in done.stderr
+    assert "File too large" in done.stderr
+    assert "there is no checkpoint before it" in done.stderr
+    assert not list((Path(config.out) / "checkpoints").iterdir())
+
+
+def test_a_killed_run_continues_as_if_nothing_had_happened(config, tmp_path):
+    config = dataclasses.replace(config, out=str(tmp_path / "killed"))
+    command = [sys.executable, "-m", "rookery.cli.main", *command_line(config, "save_every=1", "validate_every=0")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    process = subprocess.Popen([*command, "--set", "steps=100000"], env=environment, stderr=subprocess.DEVNULL)
+    metrics = Path(config.out) / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") > 5):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    reached = load_checkpoint(Path(config.out) / "checkpoints")["step"]
+    settings = parse_settings([w for w in command if "=" in w])
+    again = overlay(recipe("tiny-test"), {**settings, "steps": reached + 3, "optim": {"schedule": "wsd"}})
+    with pytest.raises(TrainingFailed, match="optim"):
+        train(again)
+    again = overlay(recipe("tiny-test"), {**settings, "steps": reached + 3})
+    train(again)
+    assert [row["step"] for row in rows(again)] == list(range(1, reached + 4))

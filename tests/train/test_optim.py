@@ -1,10 +1,13 @@
 """Groups, schedule and master weights."""
 
+import copy
 import math
+import sys
 
 import pytest
 import torch
 
+from rookery.errors import MissingDependency
 from rookery.models import create_model
 from rookery.train.config import OptimConfig
 from rookery.train.optim import Optimizer, learning_rate, parameter_groups
@@ -77,3 +80,84 @@ def test_the_norm_is_reported_before_clipping_and_the_update_is_clipped():
         assert optimizer.step(1.0) == pytest.approx(200.0)
         weights.append(model.weight.abs().max().item())
     assert weights[0] < weights[1] / 2
+
+
+def test_linear_and_exponential_go_from_the_peak_to_the_end():
+    config = OptimConfig(lr=1.0, final_lr=0.01, schedule="linear", warmup_steps=10)
+    assert [learning_rate(config, s, 110) for s in (10, 60, 110)] == pytest.approx([1.0, 0.505, 0.01])
+    config = OptimConfig(lr=1.0, final_lr=0.01, schedule="exponential", warmup_steps=10)
+    assert [learning_rate(config, s, 110) for s in (10, 60, 110)] == pytest.approx([1.0, 0.1, 0.01])
+
+
+def test_an_exponential_schedule_to_zero_is_refused():
+    with pytest.raises(ValueError, match="above 0"):
+        OptimConfig(schedule="exponential", final_lr=0.0)
+
+
+def test_an_unknown_optimiser_is_refused():
+    with pytest.raises(ValueError, match="name must be one of adamw, muon"):
+        OptimConfig(name="adam")
+
+
+def test_muon_moves_the_matrices_of_the_blocks_and_adamw_the_rest():
+    model = create_model("rwkv7-test")
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    optimizer = Optimizer(model, OptimConfig(name="muon"), torch.float32)
+    adam, muon = ({name_of[id(p)] for g in o.param_groups for p in g["params"]} for o in optimizer.inner)
+    assert muon == {n for n in name_of.values() if n.split(".")[-2] in ("receptance", "key", "value", "output")}
+    assert adam == set(name_of.values()) - muon
+
+
+def moved_by(config, steps=3):
+    torch.manual_seed(0)
+    model = create_model("rwkv7-test")
+    optimizer = Optimizer(model, config, torch.float32)
+    for _ in range(steps):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step(1e-2)
+    return model, optimizer
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "schedule-free"])
+def test_an_optimiser_continues_from_its_state(name):
+    if name == "schedule-free":
+        pytest.importorskip("schedulefree")
+    config = OptimConfig(name=name, lr=1e-2)
+    (one, first), (other, second) = moved_by(config), moved_by(config, steps=1)
+    second.fill()
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for model, optimizer in ((one, first), (other, second)):
+        torch.manual_seed(1)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step(1e-2)
+    for (name, a), b in zip(one.named_parameters(), other.parameters()):
+        assert torch.equal(a, b), name
+
+
+def test_schedule_free_keeps_averaged_weights():
+    pytest.importorskip("schedulefree")
+    model, optimizer = moved_by(OptimConfig(name="schedule-free"))
+    learning = model.head.weight.detach().clone()
+    with optimizer.averaged():
+        assert not torch.equal(model.head.weight, learning)
+    torch.testing.assert_close(model.head.weight, learning, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "module"), [("adamw-8bit", "torchao.optim"), ("schedule-free", "schedulefree")])
+def test_a_missing_optimiser_names_what_to_install(monkeypatch, name, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingDependency, match=r"rookery\[train\]"):
+        Optimizer(torch.nn.Linear(2, 2), OptimConfig(name=name), torch.float32)
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing():
+    model = torch.nn.Linear(2, 2)
+    before = model.weight.detach().clone()
+    optimizer = Optimizer(model, OptimConfig(), torch.float32)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, math.nan)
+    assert math.isnan(optimizer.step(1.0))
+    assert torch.equal(model.weight, before)
+    assert model.weight.grad is None

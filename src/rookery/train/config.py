@@ -4,10 +4,18 @@ import ast
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from rookery.adapt.config import AdaptConfig
 from rookery.errors import UnknownName, unknown
+
+
+def check_choices(config: Any) -> None:
+    """ValueError where a field of a `Literal` type has a value of none of its choices."""
+    for name, kind in get_type_hints(type(config)).items():
+        if get_origin(kind) is Literal and getattr(config, name) not in get_args(kind):
+            choices = ", ".join(map(str, get_args(kind)))
+            raise ValueError(f"{name} must be one of {choices}; got {getattr(config, name)!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +36,17 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with the official parameter groups (core.md 1.10)."""
+    """The optimiser, with the official parameter groups, and its schedule."""
 
+    name: Literal["adamw", "muon", "adamw-8bit", "schedule-free"] = "adamw"
+    """AdamW; Muon for the matrices of the blocks and AdamW for the rest; AdamW whose moments have 8 bits; AdamW that
+    averages weights in place of a schedule."""
     lr: float = 6e-4
     """Peak learning rate."""
     final_lr: float = 6e-5
     """Learning rate of the last step."""
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    """Cosine from the peak to the end, or warm-up, stable, then a linear decay."""
+    schedule: Literal["cosine", "wsd", "linear", "exponential"] = "cosine"
+    """From the peak to the end: a cosine; stable, then a line; a line; lr · (final_lr / lr)^progress, RWKV-4's."""
     warmup_steps: int = 10
     """Steps in which the rate rises from 1% of the peak."""
     decay_share: float = 0.3
@@ -48,6 +59,13 @@ class OptimConfig:
     """The official epsilon: so small that rarely used embedding rows still move."""
     clip: float = 1.0
     """Largest global gradient norm."""
+    momentum: float = 0.95
+    """Of Muon."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.schedule == "exponential" and not (self.lr > 0 and self.final_lr > 0):
+            raise ValueError("an exponential schedule needs lr and final_lr above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +87,9 @@ class TrainConfig:
     steps: int = 1000
     """Optimiser steps."""
     batch_size: int = 16
-    """Rows a step."""
+    """Rows a step, whatever the number of processes."""
+    accumulate: int = 1
+    """Parts of a process's rows that go through the model one after the other: less memory, the same step."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations and gradients; master weights are float32 always."""
     l2wrap: float = 1e-4
@@ -82,11 +102,22 @@ class TrainConfig:
     """Checkpoints kept."""
     validate_every: int = 200
     """Steps between measurements on the held-out text; 0 for none."""
+    recompute: bool = False
+    """Whether to keep only what goes into each block and compute the rest again in the backward pass: less memory."""
+    compile: str = ""
+    """Backend of torch.compile, for example "inductor"; empty for none."""
+    bad_steps: int = 10
+    """Steps in a row with a loss or gradient that is not finite, each of them skipped, after which the run stops."""
+    track: str = ""
+    """Where metrics go besides metrics.jsonl, separated by commas: "tensorboard", "trackio", "wandb"."""
+    device: str = "auto"
+    """Where to train: "cpu", "cuda"; "auto" takes a GPU where there is one."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "save_every", "keep"):
+        check_choices(self)
+        for name in ("steps", "batch_size", "accumulate", "save_every", "keep", "bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.data.validation_share < 1:
@@ -130,9 +161,6 @@ class FinetuneConfig(TrainConfig):
         super().__post_init__()
         if self.initial or self.overrides:
             raise ValueError("a fine-tuning run starts from `base`: leave out `initial` and `overrides`")
-        for name, known in (("learn", ("sft", "dpo", "orpo")), ("mask", ("assistant", "qa", "none"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
 
 
 def overlay(config: Any, values: dict[str, Any], where: str = "") -> Any:

@@ -9,19 +9,25 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from rookery.errors import RookeryError
-from rookery.train.checkpoint import load_checkpoint, save_checkpoint
+from rookery.train.checkpoint import newest_step, restore, save_checkpoint, save_sharded
 from rookery.train.config import TrainConfig
 from rookery.train.optim import Optimizer, learning_rate
+from rookery.train.parallel import Place, blocks_of, device_of, moved, shard, whole
 from rookery.train.tasks.base import Task
-from rookery.train.track import Console, Metrics
+from rookery.train.track import Console, Metrics, Silent
 
-MAY_CHANGE = {"out", "steps", "save_every", "keep", "validate_every", "threads", "merge"}
+MAY_CHANGE = {
+    *("out", "steps", "save_every", "keep", "validate_every", "threads", "merge"),
+    *("accumulate", "recompute", "compile", "device", "bad_steps", "track", "context_parallel"),
+}
 """Settings that a resumed run may have other than the run it continues."""
 
 
@@ -48,16 +54,21 @@ class Run:
     config: TrainConfig
     task: Task
     optimizer: Optimizer
+    device: torch.device
+    place: Place
     step: int = 0
     loss: float = math.nan
     tokens: int = 0
+    bad: int = 0
+    """Steps without a finite loss and gradient, in a row, up to now."""
 
 
 def train(config: TrainConfig) -> Result:
     """Trains as `config` says, or continues the run in `config.out`.
 
-    Writes metrics.jsonl, checkpoints/ and, at the end, model.safetensors. Ctrl-C and SIGTERM save a checkpoint after
-    the current step and return. Raises TrainingFailed if the loss is not finite or the folder holds another run.
+    Writes metrics.jsonl, checkpoints/ and, at the end, the task's result. Ctrl-C and SIGTERM save a checkpoint after
+    the current step and return. Raises TrainingFailed if the loss stays not finite or the folder holds another run,
+    CannotSave if the disk is full. In a process group (torchrun) all processes call this.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -66,87 +77,154 @@ def train(config: TrainConfig) -> Result:
     run = prepare(config)
     run.task.ready(out)
     resume(run, out)
-    metrics = Metrics(out / "metrics.jsonl", run.step)
-    with stop_requests() as asked, Console(config.steps, run.step) as console:
+    metrics = Metrics(out / "metrics.jsonl", run.step, config.track) if run.place.first else Silent()
+    with stop_requests() as asked, Console(config.steps, run.step) if run.place.first else Silent() as console:
         try:
-            loop(run, metrics, console, asked, out)
+            number = loop(run, metrics, console, asked, out)
         finally:
             metrics.close()
     if run.step == config.steps:
-        run.task.export(out)
-    return Result(run.step, run.loss, asked[0] if asked else None)
+        export(run, out)
+    return Result(run.step, run.loss, number)
 
 
 def prepare(config: TrainConfig) -> Run:
     """Model, optimiser and data of a run that has not begun."""
+    place, device = Place.here(), device_of(config.device)
     module, _, name = config.task.partition(":")
     task = getattr(importlib.import_module(module), name)(config)
-    return Run(config, task, Optimizer(task.trained, config.optim, task.dtype))
+    task.model.to(device)
+    task.trained.to(device)
+    if config.recompute or config.compile:
+        for block in blocks_of(task.model):
+            if config.recompute:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            if config.compile:
+                block.compile(backend=config.compile)
+    dtype = task.dtype
+    if place.world > 1:
+        task.split(task.batch(1), place.groups)  # refuses before weights are cut
+        shard(task.model, dtype, device)
+        dtype = torch.float32  # FSDP gathers in the run's dtype; what is kept is float32
+    return Run(config, task, Optimizer(task.trained, config.optim, dtype), device, place)
 
 
 def resume(run: Run, out: Path) -> None:
     """Takes over the newest checkpoint in the run's folder, if there is one."""
-    found = load_checkpoint(out / "checkpoints")
+
+    def check(facts: dict[str, Any]) -> None:
+        here, there = (_comparable(c) for c in (dataclasses.asdict(run.config), json.loads(facts["config"])))
+        differing = [key for key in here if here[key] != there.get(key)]
+        if differing:
+            raise TrainingFailed(
+                f"{str(out)!r} holds a run with other settings ({', '.join(differing)}); "
+                "choose another out folder or restore them"
+            )
+
+    def structure() -> dict[str, Any]:
+        run.optimizer.fill()
+        return {"optimizer": run.optimizer.state_dict()}
+
+    found = restore(out / "checkpoints", check, structure)
     if found is None:
         return
-    here, there = (_comparable(c) for c in (dataclasses.asdict(run.config), json.loads(found["config"])))
-    differing = [key for key in here if here[key] != there.get(key)]
-    if differing:
-        raise TrainingFailed(
-            f"{str(out)!r} holds a run with other settings ({', '.join(differing)}); "
-            "choose another out folder or restore them"
-        )
-    run.optimizer.load_state_dict(found["optimizer"])
-    run.step, run.loss, run.tokens = found["step"], found["loss"], found["tokens"]
+    facts, tensors = found
+    run.optimizer.load_state_dict(tensors["optimizer"])
+    run.step, run.loss, run.tokens, run.bad = (facts[name] for name in ("step", "loss", "tokens", "bad"))
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps({key: value for key, value in config.items() if key not in MAY_CHANGE}))
 
 
-def loop(run: Run, metrics: Metrics, console: Console, asked: list[int], out: Path) -> None:
-    """Steps until the run ends or a stop is asked for; saves on the way and at the end."""
+def loop(run: Run, metrics: Metrics, console: Console, asked: list[int], out: Path) -> int | None:
+    """Steps until the run ends or a stop is asked for; saves on the way and at the end. Gives the signal, if any."""
     config = run.config
-    saved, began = run.step, run.step
-    start = time.perf_counter()
-    while run.step < config.steps and not asked:
+    began, start, number = run.step, time.perf_counter(), None
+    while run.step < config.steps and number is None:
         before = time.perf_counter()
-        step = run.step + 1
-        batch = run.task.batch(step)
-        found = run.task.loss(batch)
-        found["loss"].backward()
-        logged = {name: value.item() for name, value in found.items()}
-        if not math.isfinite(logged["loss"]):
-            raise TrainingFailed(
-                f"the loss of step {step} is {logged['loss']}; the last checkpoint is of step {saved}. Lower optim.lr"
-            )
-        rate = learning_rate(config.optim, step, config.steps)
-        norm = run.optimizer.step(rate)
-        run.task.after_step()
-        tokens = run.task.tokens(batch)
-        run.step, run.loss, run.tokens = step, logged["loss"], run.tokens + tokens
-        now = time.perf_counter()
-        speed = tokens / (now - before)
-        row = {**logged, "lr": rate, "tokens": run.tokens, "tokens_per_second": speed, "grad_norm": norm}
+        row = one_step(run, out)
+        speed = row.pop("read") / (time.perf_counter() - before)
+        row |= {"tokens_per_second": speed}
+        step = run.step
+        if "skipped" in row:
+            console.say(f"step {step}: the loss or the gradient is not finite; skipped")
         if config.validate_every and (step % config.validate_every == 0 or step == config.steps):
-            row |= run.task.validate()
+            with run.optimizer.averaged():
+                row |= run.task.validate()
             if "validation_loss" in row:
                 console.say(f"step {step}: held-out loss {row['validation_loss']:.4f}")
         metrics.write(step=step, **row)
-        console.step(step, run.loss, speed, (now - start) / (step - began) * (config.steps - step))
-        if step % config.save_every == 0 or step == config.steps or asked:
+        console.step(step, run.loss, speed, (time.perf_counter() - start) / (step - began) * (config.steps - step))
+        number = _stop(run, asked)
+        if step % config.save_every == 0 or step == config.steps or number is not None:
             save(run, out)
-            saved = step
+    return number
+
+
+def one_step(run: Run, out: Path) -> dict[str, Any]:
+    """The next step of the optimiser; what is logged of it."""
+    config, task, place = run.config, run.task, run.place
+    step = run.step + 1
+    batch = task.batch(step)
+    parts = task.split(batch, place.groups * config.accumulate)
+    totals: dict[str, float] = {}
+    for piece, weight in parts[place.group * config.accumulate :][: config.accumulate]:
+        # what is averaged over processes must have been multiplied by their number to be the sum
+        for name, value in task.backward(moved(piece, run.device), weight * place.world).items():
+            totals[name] = totals.get(name, 0.0) + weight * value.item()
+    logged = dict(zip(totals, place.sum(list(totals.values()), run.device)))
+    rate = learning_rate(config.optim, step, config.steps)
+    norm = run.optimizer.step(rate) if math.isfinite(logged["loss"]) else math.nan
+    read = task.tokens(batch)
+    run.step, run.loss, run.tokens = step, logged["loss"], run.tokens + read
+    skipped = not math.isfinite(norm)
+    run.bad = run.bad + 1 if skipped else 0
+    if skipped:
+        run.optimizer.clear()
+        if run.bad >= config.bad_steps:
+            last = newest_step(out / "checkpoints")
+            raise TrainingFailed(
+                f"the loss of step {step} is {logged['loss']}, its gradient's norm {norm}: none of the last "
+                f"{run.bad} steps could be taken; the last checkpoint is of step {last}. Lower optim.lr"
+            )
+    else:
+        task.after_step()
+    row = {**logged, "lr": rate, "tokens": run.tokens, "grad_norm": norm, "read": read}
+    return row | {"skipped": True} if skipped else row
+
+
+def _stop(run: Run, asked: list[int]) -> int | None:
+    """The signal that any process was sent."""
+    sent = run.place.sum([float(bool(asked)), float(signal.SIGINT in asked)], run.device)
+    if not sent[0]:
+        return None
+    return signal.SIGINT if sent[1] else signal.SIGTERM
 
 
 def save(run: Run, out: Path) -> None:
-    content = {
+    facts = {
         "loss": run.loss,
         "tokens": run.tokens,
+        "bad": run.bad,
         "config": json.dumps(dataclasses.asdict(run.config)),
-        "optimizer": run.optimizer.state_dict(),
     }
-    save_checkpoint(out / "checkpoints", run.step, content, run.config.keep)
+    tensors = {"optimizer": run.optimizer.state_dict()}
+    if run.place.world == 1:
+        save_checkpoint(out / "checkpoints", run.step, facts | tensors, run.config.keep)
+    else:
+        save_sharded(out / "checkpoints", run.step, tensors, facts, run.config.keep)
+
+
+def export(run: Run, out: Path) -> None:
+    """Writes the finished result, by one process."""
+    with run.optimizer.averaged():
+        if run.place.world > 1:
+            full = whole(run.task.model, run.task.dtype)
+            if full is None:
+                return
+            run.task.model = full
+        run.task.export(out)
 
 
 @contextmanager

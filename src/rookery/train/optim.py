@@ -1,11 +1,18 @@
 """The optimiser as RWKV's own trainer groups it, its schedule, and float32 master weights under a bfloat16 model."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rookery.errors import MissingDependency
 from rookery.train.config import OptimConfig
+
+OUTSIDE = ("emb", "head", "embed_tokens", "lm_head")
+"""Modules whose matrices are tables or read-outs, which Muon is not for (https://kellerjordan.github.io/posts/muon)."""
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -32,57 +39,155 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": params, "name": name, **settings[name]} for name, params in groups.items() if params]
 
 
+def hidden_matrices(model: nn.Module) -> set[int]:
+    """Ids of the matrices inside the blocks, which Muon moves: decayed ones that are neither table nor read-out."""
+    return {
+        id(p)
+        for name, p in model.named_parameters()
+        if p.requires_grad and p.dim() == 2 and ".weight" in name and not set(OUTSIDE) & set(name.split("."))
+    }
+
+
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     """Rate of `step` (from 1) of `steps`, before a group's `lr_scale`.
 
-    Warm-up multiplies by 0.01 + 0.99 · step / warmup_steps, as the official trainer does.
+    Warm-up multiplies by 0.01 + 0.99 · step / warmup_steps, as the official trainer does. "schedule-free" knows no
+    other schedule than the warm-up.
     """
     warmup = min(1.0, 0.01 + 0.99 * step / config.warmup_steps) if config.warmup_steps else 1.0
+    if config.name == "schedule-free":
+        return config.lr * warmup
     if config.schedule == "wsd":
         decay_steps = max(1, round(config.decay_share * steps))
         progress = max(0.0, (step - (steps - decay_steps)) / decay_steps)
+        return (config.lr + (config.final_lr - config.lr) * progress) * warmup
+    progress = max(0, step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    if config.schedule == "linear":
         rate = config.lr + (config.final_lr - config.lr) * progress
+    elif config.schedule == "exponential":
+        rate = config.lr * (config.final_lr / config.lr) ** progress
     else:
-        progress = max(0, step - config.warmup_steps) / max(1, steps - config.warmup_steps)
         rate = config.final_lr + (config.lr - config.final_lr) * (1 + math.cos(math.pi * progress)) / 2
     return rate * warmup
 
 
 class Optimizer:
-    """AdamW over float32 master weights of a model that may compute in bfloat16."""
+    """Moves float32 master weights of a model that may compute in bfloat16."""
 
     def __init__(self, model: nn.Module, config: OptimConfig, dtype: torch.dtype) -> None:
         """`model` holds float32 weights; its parameters become `dtype`, the masters stay behind."""
         self.config = config
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.masters = [p.detach().clone().requires_grad_() for p in self.parameters]
+        # where the model computes in float32 its parameters are the masters
+        self.apart = dtype != torch.float32 or any(p.dtype != torch.float32 for p in self.parameters)
+        self.masters = self.parameters
+        if self.apart:
+            self.masters = [p.detach().clone().requires_grad_() for p in self.parameters]
         master_of = dict(zip(map(id, self.parameters), self.masters))
-        groups = parameter_groups(model, config.weight_decay)
-        for group in groups:
-            group["params"] = [master_of[id(p)] for p in group["params"]]
-        self.adam = torch.optim.AdamW(
-            groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-        )
+        matrices = hidden_matrices(model) if config.name == "muon" else set()
+        groups, hidden = [], []
+        for group in parameter_groups(model, config.weight_decay):
+            hidden += [master_of[id(p)] for p in group["params"] if id(p) in matrices]
+            rest = [master_of[id(p)] for p in group["params"] if id(p) not in matrices]
+            groups += [{**group, "params": rest}] if rest else []
+        self.inner = [_adam(config, groups)] if groups else []
+        if hidden:
+            self.inner.append(_muon(config, hidden))
         model.to(dtype)
 
     def step(self, rate: float) -> float:
-        """One update at learning rate `rate` from the gradients, which are then cleared; gives their unclipped norm."""
-        for parameter, master in zip(self.parameters, self.masters):
-            master.grad = parameter.grad.to(torch.float32)
-            parameter.grad = None
-        norm = float(nn.utils.clip_grad_norm_(self.masters, self.config.clip))
-        for group in self.adam.param_groups:
-            group["lr"] = rate * group["lr_scale"]
-        self.adam.step()
-        with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self.masters)
+        """One update at learning rate `rate` from the gradients, which are then cleared; gives their unclipped norm.
+
+        Where the norm is not finite nothing is moved.
+        """
+        if self.apart:
+            for parameter, master in zip(self.parameters, self.masters):
+                master.grad = parameter.grad.to(torch.float32)
+                parameter.grad = None
+        norm = nn.utils.clip_grad_norm_(self.masters, self.config.clip)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if math.isfinite(norm):
+            for optimizer in self.inner:
+                for group in optimizer.param_groups:
+                    _set_rate(group, rate * group["lr_scale"])
+                optimizer.step()
+            self._publish()
+        self.clear()
         return norm
 
-    def state_dict(self) -> dict:
-        return {"masters": [m.detach() for m in self.masters], "adam": self.adam.state_dict()}
+    def clear(self) -> None:
+        """Forgets the gradients."""
+        for weight in (*self.parameters, *self.masters):
+            weight.grad = None
 
-    def load_state_dict(self, state: dict) -> None:
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model has the weights to be judged and kept: those it learns with, but for schedule-free."""
+        if self.config.name != "schedule-free" or not self.inner[0].state:
+            yield
+            return
+        self.inner[0].eval()
+        self._publish()
+        try:
+            yield
+        finally:
+            self.inner[0].train()
+            self._publish()
+
+    def fill(self) -> None:
+        """Gives every weight its moments, as a first step does, so that a checkpoint's can be read into them."""
+        for master in self.masters:
+            master.grad = torch.zeros_like(master)
+        for optimizer in self.inner:
+            for group in optimizer.param_groups:
+                _set_rate(group, 0.0)
+            optimizer.step()
+        self.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"masters": [m.detach() for m in self.masters], "inner": [o.state_dict() for o in self.inner]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
-            torch._foreach_copy_(self.masters, state["masters"])
+            torch._foreach_copy_([m.detach() for m in self.masters], state["masters"])
+        self._publish()
+        for optimizer, inner in zip(self.inner, state["inner"], strict=True):
+            optimizer.load_state_dict(inner)
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        if self.apart:
             torch._foreach_copy_(self.parameters, self.masters)
-        self.adam.load_state_dict(state["adam"])
+
+
+def _set_rate(group: dict[str, Any], rate: float) -> None:
+    if isinstance(group["lr"], Tensor):  # torchao's compiled step reads it from memory
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+def _adam(config: OptimConfig, groups: list[dict]) -> torch.optim.Optimizer:
+    settings = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    if config.name == "adamw-8bit":
+        try:
+            from torchao.optim import AdamW8bit
+        except ImportError:
+            raise MissingDependency('optim.name="adamw-8bit" needs torchao: pip install "rookery[train]"') from None
+        return AdamW8bit(groups, **settings)
+    if config.name == "schedule-free":
+        try:
+            from schedulefree import AdamWScheduleFree
+        except ImportError:
+            message = 'optim.name="schedule-free" needs schedulefree: pip install "rookery[train]"'
+            raise MissingDependency(message) from None
+        optimizer = AdamWScheduleFree(groups, **settings)
+        optimizer.train()
+        return optimizer
+    return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+def _muon(config: OptimConfig, matrices: list[Tensor]) -> torch.optim.Optimizer:
+    # its updates are scaled to the size of AdamW's (arXiv 2502.16982), so that one learning rate serves both
+    group = {"params": matrices, "name": "matrices", "lr_scale": 1.0, "weight_decay": config.weight_decay}
+    return torch.optim.Muon([group], lr=config.lr, momentum=config.momentum, adjust_lr_fn="match_rms_adamw")

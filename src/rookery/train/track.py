@@ -1,11 +1,16 @@
 """What a run tells: metrics.jsonl for machines, a progress bar or plain lines for people."""
 
+import importlib
 import json
+import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
+
+from rookery.errors import MissingDependency
 
 LINE_EVERY = 10.0
 """Seconds between plain lines where there is no terminal to draw a bar on."""
@@ -14,7 +19,9 @@ LINE_EVERY = 10.0
 class Metrics:
     """metrics.jsonl: one flushed line a step. Opening it drops lines after the step that a run resumes from."""
 
-    def __init__(self, path: Path, resume_step: int) -> None:
+    def __init__(self, path: Path, resume_step: int, track: str = "") -> None:
+        """`track` names other places to write to, see `TrainConfig.track`."""
+        self._sinks = [sink(name.strip(), path.parent) for name in track.split(",") if name.strip()]
         kept = []
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -29,11 +36,64 @@ class Metrics:
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, **row: Any) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        # JSON knows no NaN
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(known) + "\n")
         self._file.flush()
+        for write, _ in self._sinks:
+            write(row["step"], {k: v for k, v in row.items() if k != "step"})
 
     def close(self) -> None:
         self._file.close()
+        for _, close in self._sinks:
+            close()
+
+
+Sink = tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]
+"""What writes the values of a step, and what ends it."""
+
+
+def sink(name: str, out: Path) -> Sink:
+    """A place to write metrics to, by name. MissingDependency where its library is not installed."""
+    modules = {"tensorboard": "torch.utils.tensorboard", "trackio": "trackio", "wandb": "wandb"}
+    if name not in modules:
+        raise ValueError(f"track knows {', '.join(modules)}; got {name!r}")
+    try:
+        module = importlib.import_module(modules[name])
+    except ImportError:
+        raise MissingDependency(f"track={name!r} needs its library: pip install {name}") from None
+    if name == "tensorboard":
+        writer = module.SummaryWriter(str(out / "tensorboard"))
+
+        def write(step: int, values: dict[str, float]) -> None:
+            for key, value in values.items():
+                writer.add_scalar(key, value, step)
+
+        return write, writer.close
+    module.init(project="rookery", name=out.name, **({"dir": str(out)} if name == "wandb" else {}))
+    return (lambda step, values: module.log(values, step=step)), module.finish
+
+
+class Silent:
+    """In place of Metrics and Console in all processes but the first."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def write(self, **row: Any) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def step(self, *_: float) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
 
 
 class Console:

@@ -10,7 +10,10 @@ from rookery.nn.language_model import LanguageModel
 
 
 class Task(Protocol):
-    """A model, what of it is trained, the data, and the loss. Made from the run's config alone."""
+    """A model, what of it is trained, the data, and the loss. Made from the run's config alone.
+
+    A task that inherits from this class gets what is the same for most.
+    """
 
     model: LanguageModel
     trained: nn.Module
@@ -26,6 +29,25 @@ class Task(Protocol):
 
     def loss(self, batch: Any) -> dict[str, Tensor]:
         """ "loss", and scalars to log."""
+
+    def split(self, batch: Any, parts: int) -> list[tuple[Any, float]]:
+        """The batch as exactly `parts` parts, each with its weight: weighted losses add up to the batch's loss.
+
+        ValueError where the task cannot do that.
+        """
+        if parts > 1:
+            raise ValueError(f"{type(self).__name__} cannot split a batch: use accumulate=1 and one process")
+        return [(batch, 1.0)]
+
+    def segment(self, batch: Any, index: int, parts: int) -> Any:
+        """Part `index` of `parts` equal parts of every sequence of the batch, for context parallelism."""
+        raise ValueError(f"{type(self).__name__} cannot split sequences: use context_parallel=1")
+
+    def backward(self, batch: Any, weight: float) -> dict[str, Tensor]:
+        """Adds the gradients of weight × loss; gives what `loss` gives."""
+        found = self.loss(batch)
+        (found["loss"] * weight).backward()
+        return found
 
     def ready(self, out: Path) -> None:
         """Called once weights have their dtype, before a checkpoint is read: the model is as it was before training."""

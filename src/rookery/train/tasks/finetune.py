@@ -22,6 +22,7 @@ from rookery.engine.llm import EMBEDDED
 from rookery.models import load, save_model
 from rookery.tokenizers.pairing import resolve
 from rookery.train.config import FinetuneConfig
+from rookery.train.tasks.base import Task
 from rookery.train.tasks.language import save_tokenizer
 from rookery.train.tasks.preference import (
     References,
@@ -43,7 +44,7 @@ class Chosen(NamedTuple):
     indices: np.ndarray
 
 
-class FinetuneTask:
+class FinetuneTask(Task):
     """What a `FinetuneConfig` says."""
 
     def __init__(self, config: FinetuneConfig) -> None:

@@ -13,6 +13,7 @@ from rookery.tokenizers import Tokenizer, load_tokenizer
 from rookery.tokenizers.pairing import NAMES as SHIPPED_TOKENIZERS
 from rookery.tokenizers.trie import TrieTokenizer
 from rookery.train.config import DataConfig, TrainConfig
+from rookery.train.tasks.base import Task
 
 
 def language_loss(model: LanguageModel, inputs: Tensor, targets: Tensor, l2wrap: float = 0.0) -> Tensor:
@@ -23,7 +24,7 @@ def language_loss(model: LanguageModel, inputs: Tensor, targets: Tensor, l2wrap:
     )
 
 
-class LanguageTask:
+class LanguageTask(Task):
     """Windows of one long text."""
 
     def __init__(self, config: TrainConfig) -> None:
@@ -46,11 +47,13 @@ class LanguageTask:
     def loss(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         return {"loss": language_loss(self.model, *batch, self.config.l2wrap)}
 
-    def ready(self, out: Path) -> None:
-        pass
-
-    def after_step(self) -> None:
-        pass
+    def split(self, batch: tuple[Tensor, Tensor], parts: int) -> list[tuple[tuple[Tensor, Tensor], float]]:
+        if len(batch[0]) % parts:
+            raise ValueError(
+                f"batch_size={len(batch[0])} rows cannot be divided among {parts} parts (processes × accumulate)"
+            )
+        inputs, targets = (half.chunk(parts) for half in batch)
+        return [(pair, 1 / parts) for pair in zip(inputs, targets)]
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

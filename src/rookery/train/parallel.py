@@ -1,0 +1,127 @@
+"""Several processes that train one model: who this one is, what they tell each other, and weights in pieces (FSDP2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from rookery.models import build
+from rookery.registry import families
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands. Without a process group: alone."""
+
+    rank: int = 0
+    world: int = 1
+    context: int = 1
+    """Processes that share the sequences of the same rows, each with a part of their length."""
+
+    @staticmethod
+    def here(context: int = 1) -> Place:
+        """ValueError where the processes cannot be put into groups of `context`."""
+        alone = not (dist.is_available() and dist.is_initialized())
+        rank, world = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
+        if world % context:
+            raise ValueError(f"context_parallel={context} does not divide the {world} processes of this run")
+        return Place(rank, world, context)
+
+    @property
+    def first(self) -> bool:
+        """Whether it is this process that writes files and talks."""
+        return self.rank == 0
+
+    @property
+    def groups(self) -> int:
+        """Processes, or groups of them, that have rows of their own."""
+        return self.world // self.context
+
+    @property
+    def group(self) -> int:
+        return self.rank // self.context
+
+    @property
+    def part(self) -> int:
+        """Which part of the sequences is this process's."""
+        return self.rank % self.context
+
+    def sum(self, values: list[float], device: torch.device) -> list[float]:
+        """Sums over all processes; what was given where there is one."""
+        if self.world == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+
+def start(local_rank: int) -> None:
+    """Joins the processes that torchrun started, over nccl where there are GPUs, taking that of `local_rank`."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if cuda else "gloo")
+
+
+def stop() -> None:
+    """Leaves them, once all have come here."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def device_of(name: str) -> torch.device:
+    """The device that `name` means: "auto" is a GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on `device`."""
+    return batch if device.type == "cpu" else tree_map_only(Tensor, lambda t: t.to(device), batch)
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """The model's blocks, in order; ValueError where it has none that this library knows."""
+    for name in ("blocks", "layers"):
+        found = getattr(model, name, None)
+        if isinstance(found, nn.ModuleList):
+            return found
+    raise ValueError(f"{type(model).__name__} has neither `blocks` nor `layers`: it cannot be cut into pieces")
+
+
+def shard(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Cuts every weight of a float32 model over all processes, in place (FSDP2).
+
+    Blocks are gathered in `dtype` when they compute; gradients are averaged over the processes in float32.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    # inputs are not cast: recurrent states are float32 whatever the model computes in
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    # what belongs to no block (embedding, last norm, head) stays whole from the forward to the backward pass
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    register_fsdp_forward_method(model, "features")
+
+
+def whole(model: nn.Module, dtype: torch.dtype) -> nn.Module | None:
+    """A copy of a sharded model on the CPU of the first process, None on the others. All processes must call it."""
+    weights = {}
+    for name, weight in model.state_dict().items():
+        full = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        if dist.get_rank() == 0:
+            weights[name] = full.to("cpu", dtype)
+    if dist.get_rank() != 0:
+        return None
+    copy = build(families()[model.family], model.config).to(dtype)
+    copy.load_state_dict(weights)
+    return copy
