@@ -145,6 +145,14 @@ def test_a_session_starts_from_the_file(tmp_path):
     assert list(session.stream_tokens(6, temperature=0, ignore_eos=True)) == expected
 
 
+def test_a_start_is_float32_for_a_bfloat16_model_and_learns():
+    model = model_of("rwkv7-test", torch.bfloat16)
+    start = StartState(model, shifts=True)
+    assert {p.dtype for p in start.parameters()} == {torch.float32}
+    loss_of(model, start, tokens_of(model)).backward()
+    assert all(p.grad is not None for p in start.parameters())
+
+
 def test_models_without_a_recurrent_state_are_refused():
     with pytest.raises(ValueError, match="transformer model has no recurrent state to tune; it keeps"):
         StartState(create_model("transformer-test"))

@@ -48,7 +48,8 @@ class StartState(nn.Module):
         if shifts:
             for i, layer in enumerate(fresh.layers):
                 for name in SHIFTS:
-                    self.shifts[f"{i}_{name}"] = nn.Parameter(torch.zeros_like(getattr(layer, name)[0]))
+                    # as wide as the matrices: small steps would be lost in the numbers of a bfloat16 model
+                    self.shifts[f"{i}_{name}"] = nn.Parameter(getattr(layer, name)[0].to(layer.wkv.dtype, copy=True))
 
     def forward(self, rows: int = 1) -> State:
         """The state of `rows` texts before their first token; gradients of all rows add up in the parameters."""

@@ -18,6 +18,8 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "state": finetune.state_tuning,
     "dpo": finetune.dpo,
     "orpo": finetune.orpo,
+    "shakespeare-lora": finetune.shakespeare_lora,
+    "shakespeare-state": finetune.shakespeare_state,
 }
 """Name -> recipe; those that start from a model (`FinetuneConfig`) belong to `rookery finetune`."""
 

@@ -1,5 +1,7 @@
 """Fine-tuning runs: give `base` and `data.path`."""
 
+from dataclasses import replace
+
 from rookery.adapt.config import AdaptConfig
 from rookery.train.config import DataConfig, FinetuneConfig, OptimConfig
 
@@ -48,3 +50,28 @@ def dpo() -> FinetuneConfig:
 def orpo() -> FinetuneConfig:
     """Learn answers and prefer them to others in one, by LoRA, without a reference."""
     return _run(AdaptConfig(method="lora", rank=32), 5e-5, 5e-6, learn="orpo", out="out/orpo")
+
+
+def shakespeare_lora() -> FinetuneConfig:
+    """The embedded model learns Shakespeare's plays by LoRA; give data.path=tinyshakespeare.txt."""
+    return _shakespeare(AdaptConfig(method="lora", rank=16), OptimConfig(lr=3e-3, final_lr=3e-4), steps=160)
+
+
+def shakespeare_state() -> FinetuneConfig:
+    """The embedded model's start state learns Shakespeare's plays; give data.path=tinyshakespeare.txt."""
+    return _shakespeare(AdaptConfig(method="state"), OptimConfig(lr=0.3, final_lr=0.01), steps=160)
+
+
+def _shakespeare(adapt: AdaptConfig, optim: OptimConfig, steps: int) -> FinetuneConfig:
+    return FinetuneConfig(
+        base="embedded",
+        adapt=adapt,
+        data=DataConfig(tokenizer="", sequence_length=256, validation_share=0.02),
+        optim=replace(optim, weight_decay=0.0, eps=1e-8),
+        dtype="bfloat16",
+        out=f"out/shakespeare-{adapt.method}",
+        steps=steps,
+        batch_size=8,
+        save_every=50,
+        validate_every=25,
+    )
