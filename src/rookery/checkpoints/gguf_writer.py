@@ -21,6 +21,8 @@ KEPT_F32 = ("time_mix_first", "time_mix_w1", "time_mix_w2", "time_mix_decay_w1",
 """Small matrices that llama.cpp wants in float32."""
 LOW_RANK = tuple(f"time_mix_{name}{i}" for name in "avg" for i in "12")
 """Small matrices that llama.cpp never quantises."""
+SLICE = 1 << 20
+"""Weights that are quantised at once."""
 CONTEXT = 1048576
 """What llama.cpp's converter says of models without a limit."""
 END_OF_TURN = 261
@@ -101,7 +103,11 @@ def _packed(tensor: Stored, kind: Any) -> np.ndarray:
         return np.ascontiguousarray(values).view(np.uint8)
     if kind == GGMLQuantizationType.F16:
         return np.ascontiguousarray(values, np.float16)
-    return quantize(np.ascontiguousarray(values, np.float32), kind)
+    # a few rows at a time: the package makes several float32 copies of what it is given
+    rows = values.reshape(-1, values.shape[-1])
+    step = max(1, SLICE // values.shape[-1])
+    parts = [quantize(rows[i : i + step].astype(np.float32), kind) for i in range(0, len(rows), step)]
+    return np.concatenate(parts).reshape(*values.shape[:-1], -1)
 
 
 def _describe(writer: Any, family: str, config: Any, tensors: Mapping[str, Stored], kinds: Mapping[str, Any]) -> None:
