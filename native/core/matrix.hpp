@@ -19,10 +19,11 @@ constexpr int order_count = 2;
 
 constexpr bool is_packed(Format format) { return static_cast<int>(format) >= float_format_count; }
 
-// Codes of the 4-bit formats -> numbers. `int4`: the 16 levels that leave the smallest error in groups of 32 numbers of
-// a normal distribution, each with the best of its scales; `q4_0`: evenly spaced, as GGUF files have them.
-constexpr std::array<std::int8_t, 16> int4_levels{-127, -98, -77, -60, -45, -31, -19, -6,
-                                                  6,    19,  31,  45,  60,  77,  98,  127};
+// Codes of the 4-bit formats -> numbers. `int4`: the 16 levels that leave the smallest squared error in groups of 32
+// numbers of a normal distribution, each with the best of its scales of both signs (Lloyd's algorithm); `q4_0`: evenly
+// spaced, as GGUF files have them.
+constexpr std::array<std::int8_t, 16> int4_levels{-127, -101, -79, -62, -47, -34, -21, -9,
+                                                  2,    14,   25,  36,  50,  65,  83,  107};
 constexpr std::array<std::int8_t, 16> q4_0_levels{-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 
 // Packed matrices. The inputs of every output are cut into groups; a weight is its group's float16 scale times a small

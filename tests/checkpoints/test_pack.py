@@ -133,11 +133,10 @@ def test_codes_are_the_nearest_and_those_of_every_instruction_set(format, dtype,
         scales = np.repeat(scales_of(one, format, order, (33, 201)), GROUP[format], axis=1)[:, :201].astype(np.float64)
         levels = LEVELS[format].astype(np.float64) if format in LEVELS else np.arange(-127, 128.0)
         nearest = np.abs(exact[..., None] - scales[..., None] * levels).min(-1)
-        # 4-bit codes are looked up by whole numbers of scales
-        assert (np.abs(back - exact) <= nearest + 1.01 * scales).all()
+        assert (np.abs(back - exact) <= nearest + 1e-3 * np.abs(scales) * np.abs(levels).max()).all()
         assert (back[3] == 0).all()
         error = np.sqrt(((back - exact) ** 2).mean() / (exact**2).mean())
-        assert error < {"int8": 0.0065, "int4": 0.08}[format]
+        assert error < {"int8": 0.0065, "int4": 0.076}[format]
 
 
 @pytest.mark.parametrize("format", ["q8_0", "q4_0"])

@@ -24,7 +24,7 @@ BITS = {"int8": 8, "q8_0": 8, "int4": 4, "q4_0": 4}
 GROUP = {"int8": 64, "q8_0": 32, "int4": 32, "q4_0": 32}
 """Inputs that share a scale."""
 LEVELS = {
-    "int4": np.array([-127, -98, -77, -60, -45, -31, -19, -6, 6, 19, 31, 45, 60, 77, 98, 127], np.float32),
+    "int4": np.array([-127, -101, -79, -62, -47, -34, -21, -9, 2, 14, 25, 36, 50, 65, 83, 107], np.float32),
     "q4_0": np.arange(-8, 8, dtype=np.float32),
 }
 FAMILIES = ("rwkv4", "rwkv5", "rwkv6", "rwkv7")
