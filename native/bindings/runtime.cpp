@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
 #include <atomic>
 #include <map>
 #include <memory>
@@ -177,6 +178,18 @@ void bind_runtime(nb::module_& m) {
                      return nb::make_tuple(model.runtime->ffn_reads.load(), model.runtime->ffn_columns.load());
                    },
                    "Columns of the channel mixes' second matrices read so far, and how many there were.")
+      .def("watch", [](const Loaded& model, bool on) { model.runtime->times.on = on; }, "on"_a,
+           "Begins or ends to add up where the time of calls goes.")
+      .def_prop_ro("times",
+                   [](const Loaded& model) {
+                     constexpr std::array<const char*, step_parts> names{
+                         "embedding", "norms and shifts", "projections", "recurrence", "output", "channel mix", "head"};
+                     nb::dict seconds;
+                     for (std::size_t i = 0; i < step_parts; ++i)
+                       seconds[names[i]] = 1e-9 * static_cast<double>(model.runtime->times.nanoseconds[i].load());
+                     return seconds;
+                   },
+                   "Part of a step -> seconds, over all calls that were watched.")
       .def_prop_ro("isa", [](const Loaded& model) { return std::string(name(model.runtime->isa)); })
       .def("begin", &Loaded::begin, "state"_a, "Makes a state that before the first token.")
       .def("forward", &Loaded::forward, "tokens"_a, "states"_a, "lengths"_a, "wanted"_a, "logits"_a, "threads"_a,

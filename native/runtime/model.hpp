@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "core/isa.hpp"
+#include "runtime/watch.hpp"
 #include "runtime/weights.hpp"
 #include "runtime/workspace.hpp"
 
@@ -113,6 +114,7 @@ class Model {
   const Isa isa;
   // Columns of the second matrices of channel mixes that were read (and those that there are), over all calls.
   mutable std::atomic<std::int64_t> ffn_reads{0}, ffn_columns{0};
+  mutable Times times;
 
  protected:
   Model(const Sizes& given, Isa wanted) : sizes(given), isa(wanted) {}

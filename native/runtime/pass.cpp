@@ -44,13 +44,16 @@ void Pass::run(Workspace& memory) {
     place(memory);
   });
   embed();
+  watch_.mark(StepPart::embedding);
   for (std::size_t i = 0; i < static_cast<std::size_t>(sizes_.layers); ++i) {
     time_mix(i);
     channel_mix(i);
+    watch_.mark(StepPart::channel_mix);
     if (sizes_.rescale_every > 0 && (static_cast<int64_t>(i) + 1) % sizes_.rescale_every == 0)
       std::for_each_n(x_, count_ * sizes_.width, [](float& x) { x *= 0.5f; });
   }
   head();
+  watch_.mark(StepPart::head);
 }
 
 void Pass::embed() {
@@ -84,6 +87,7 @@ void Pass::shift(std::size_t layer, const Norm& weights, const std::vector<float
   const TokenShift shift{count_,  width,     static_cast<int64_t>(mix.size()) / width, starts_.data(),
                          normed_, previous_, mix.data()};
   by_tokens([&](Range range) { token_shift_.forward[0](shift, mixed_, range.begin, range.end); });
+  watch_.mark(StepPart::mix);
 }
 
 Product Pass::prepared(const Matrix& matrix, Product product, int64_t slot) const {
@@ -117,6 +121,7 @@ void Pass::side_by_side(std::span<const Job> jobs) const {
           job.then(job.product.y + t * job.product.y_stride + part.begin, part.end - part.begin);
     }
   });
+  watch_.mark(StepPart::projections);
 }
 
 void Pass::second_factor(const LowRank& map, int64_t number, const float* low, float* y) const {
@@ -130,8 +135,10 @@ void Pass::second_factor(const LowRank& map, int64_t number, const float* low, f
 }
 
 void Pass::add_output(const Matrix& matrix) {
+  watch_.mark(StepPart::recurrence);
   const Product product = prepared(matrix, dense(y_, sizes_.width, x_, sizes_.width, true));
   shared_out(sizes_.width, 16, matrix.bytes_of_output(), [&](Range range) { multiply(matrix, product, range); });
+  watch_.mark(StepPart::output);
 }
 
 // The receptance's outputs are shared out behind the hidden units.

@@ -139,6 +139,7 @@ class Pass {
   float *hidden_, *partial_, *gate_;  // [tokens, hidden]; [parts, tokens, width]; [tokens, width]
   float *integers_, *hidden_integers_;  // `Integers` of [mixes] inputs [tokens, width], and of [tokens, hidden]
   std::int64_t slot_;                   // floats of one of them
+  mutable Watch watch_{model_.times};
   std::int32_t* active_;              // [hidden]
 };
 

@@ -31,3 +31,14 @@ def test_what_is_not_installed_is_told(monkeypatch, cli):
     assert "torch           not installed: training" in out
     assert "native          missing (" in out
     assert "operators" not in out
+
+
+def test_the_profile_of_a_model_is_shown(cli):
+    code, out, _ = cli("doctor", "--profile", "", "--quantize", "int8", "--threads", "1")
+    assert code == 0
+    assert "channel mix" in out
+    assert "hidden units were zero" in out
+    told = json.loads(cli("doctor", "--json", "--profile", "", "--isa", "portable")[1])
+    parts = {part["part"]: part for part in told["parts"]}
+    assert told["isa"] == "portable"
+    assert parts["step"]["bytes"] == sum(part["bytes"] for name, part in parts.items() if name != "step")

@@ -10,9 +10,15 @@ from typing import Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--profile", metavar="MODEL", help="instead: where the time of a token goes in this model")
+    parser.add_argument("--quantize", metavar="TYPE", help="with --profile: int8 or int4 (the file's precision)")
+    parser.add_argument("--threads", type=int, metavar="N", help="with --profile (all cores; one for a small model)")
+    parser.add_argument("--isa", metavar="NAME", help="with --profile: force an instruction set")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.profile is not None:
+        return show_profile(args)
     found = examine()
     if args.json:
         print(json.dumps(found, indent=2))
@@ -26,6 +32,35 @@ def run(args: argparse.Namespace) -> int:
             print(f"  {operator} on {device}")
             for backend, reason in backends.items():
                 print(f"    {backend:<10} {'works' if reason is None else reason}")
+    return 0
+
+
+def show_profile(args: argparse.Namespace) -> int:
+    """Bytes, time and share of the bandwidth of each part of a step."""
+    from rookery.engine.llm import model_path
+    from rookery.engine.profile import profile
+    from rookery.engine.runners.native import NativeRunner
+
+    path = model_path(args.profile or None)
+    runner = NativeRunner(path, quantize=args.quantize, threads=args.threads, isa=args.isa)
+    found = profile(runner)
+    rows = [(part.name, part.nbytes, part.seconds) for part in found.parts]
+    rows.append(("between", 0, found.seconds - sum(part.seconds for part in found.parts)))
+    rows.append(("step", found.nbytes, found.seconds))
+    if args.json:
+        parts = [{"part": name, "bytes": nbytes, "seconds": seconds} for name, nbytes, seconds in rows]
+        settings = {"model": str(path), "isa": runner.isa, "threads": runner.threads, "active": found.active}
+        print(json.dumps({**settings, "read_bandwidth": found.read_bandwidth, "parts": parts}, indent=2))
+        return 0
+    print(f"{path}: {runner.isa}, {runner.threads} threads, memory read at {found.read_bandwidth / 1e9:.1f} GB/s")
+    print(f"{'part':<18}{'MB':>9}{'ms':>9}{'time':>8}{'GB/s':>8}{'bandwidth':>11}")
+    for name, nbytes, seconds in rows:
+        rate = nbytes / seconds if seconds > 0 else 0.0
+        print(
+            f"{name:<18}{nbytes / 1e6:>9.2f}{seconds * 1e3:>9.3f}{seconds / found.seconds:>8.1%}"
+            f"{rate / 1e9:>8.1f}{rate / found.read_bandwidth:>11.0%}"
+        )
+    print(f"{1 / found.seconds:.1f} tokens/s; {1 - found.active:.0%} of the channel mixes' hidden units were zero")
     return 0
 
 

@@ -112,7 +112,9 @@ class NativeRunner:
         tensors, packed = _tensors(checkpoint, DTYPES[dtype] if dtype else None, quantize)
         self.formats = {name: packed[name][0] if name in packed else _name(tensor) for name, tensor in tensors.items()}
         """Official tensor name -> format of its weights."""
-        small = sum(tensor.nbytes for tensor in tensors.values()) < SMALL
+        self.nbytes = {name: tensor.nbytes for name, tensor in tensors.items()}
+        """Official tensor name -> bytes of its weights."""
+        small = sum(self.nbytes.values()) < SMALL
         self.threads = threads or (1 if small else _native.available_cores())
         self._model = _native.Model(self.family, asdict(self.config), tensors, isa or "", self.threads, packed)
 
