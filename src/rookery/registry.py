@@ -23,6 +23,7 @@ FAMILY_MODULES = (
     "rad_rwkv6",
     "rad_rwkv7",
     "transformer",
+    "vision_rwkv",
 )
 """Files of `rookery.families` that define FAMILY; recognition tries them in this order."""
 

@@ -23,7 +23,7 @@ def test_parameters_are_counted_as_torch_counts_them(cli, name):
     (row,) = json.loads(cli("models", "--json", name)[1])
     model = create_model(name, device="meta")
     assert row["parameters"] == sum(parameter.numel() for parameter in model.parameters())
-    assert (row["name"], row["config"]["vocab_size"]) == (name, model.config.vocab_size)
+    assert (row["name"], row["config"]["hidden_size"]) == (name, model.config.hidden_size)
 
 
 def test_a_pattern_without_a_match_is_a_failure(cli):

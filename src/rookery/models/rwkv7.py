@@ -49,10 +49,20 @@ class TimeMix(nn.Module):
         self, x: Tensor, shift: Tensor, wkv: Tensor, v_first: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Output [b, t, c], the new shift and matrix state, and the first block's values (given or made here)."""
-        head_dim = self.config.head_dim
-        mix = torch.cat([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]).flatten(1)
-        (xr, xw, xk, xv, xa, xg), shift = token_shift(x=x, mix=mix, previous=shift, cu_seqlens=cu_seqlens)
+        mixed, shift = token_shift(x=x, mix=self.mixes(), previous=shift, cu_seqlens=cu_seqlens)
+        y, wkv, v_first = self.attend(mixed, wkv, v_first, cu_seqlens)
+        return y, shift, wkv, v_first
 
+    def mixes(self) -> Tensor:
+        """How much of the token before goes into each of the six inputs, [6, c]."""
+        return torch.cat([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]).flatten(1)
+
+    def attend(
+        self, mixed: Tensor, wkv: Tensor | None, v_first: Tensor | None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What follows the token shift, whose six mixtures are `mixed` [6, b, t, c]: all but the shift of `forward`."""
+        head_dim = self.config.head_dim
+        xr, xw, xk, xv, xa, xg = mixed
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         decay_logit = self.w0 + (xw @ self.w1).tanh() @ self.w2
         rate_logit = self.a0 + xa @ self.a1 @ self.a2
@@ -76,7 +86,7 @@ class TimeMix(nn.Module):
         y, wkv = wkv7(r=r, log_w=log_w, k=k, v=v, a=a, b=b, state=wkv, cu_seqlens=cu_seqlens)
         norm = self.ln_x
         y = wkv7_output(y=y, r=r, k=k, v=v, gate=gate, r_k=self.r_k, weight=norm.weight, bias=norm.bias, eps=norm.eps)
-        return self.output(y), shift, wkv, v_first
+        return self.output(y), wkv, v_first
 
 
 class ChannelMix(nn.Module):
