@@ -129,7 +129,7 @@ def test_text_is_encoded_as_the_name_says(paths):
         ("cpu fp32", "cpu", "float32", None),
         ("cuda:1 bf16", "cuda:1", "bfloat16", None),
         ("cuda fp16 *10 -> cpu bf16", "cuda", "float16", "all layers go to cuda as fp16"),
-        ("cuda fp16i8 *10+", "cuda", "float16", "weights stay fp16"),
+        ("cuda fp16i8 *10+", "cuda", "float16", "weights stay fp16 on cuda"),
     ],
 )
 def test_strategies_are_explained(strategy, device, dtype, remark):
@@ -141,6 +141,15 @@ def test_strategies_are_explained(strategy, device, dtype, remark):
 def test_the_number_type_of_the_strategy_is_used(paths):
     full, half = (RWKV(paths["rwkv7-test"], f"cpu {kind}").forward(TOKENS, None)[0] for kind in ("fp32", "bf16"))
     assert 0 < (full - half).abs().max() < 0.5
+
+
+def test_small_weights_are_near_the_full_ones(tmp_path):
+    model = randomised("rwkv7-test", dtype=torch.float32, vocab_size=256, hidden_size=64, intermediate_size=256)
+    torch.save(model.state_dict(), tmp_path / "m.pth")
+    assert explain("cpu fp32i8").quantize == "int8"
+    assert explain("cpu fp32i3").quantize == "int4"
+    full, packed = (RWKV(str(tmp_path / "m"), f"cpu fp32{kind}").forward(TOKENS, None)[0] for kind in ("", "i8"))
+    assert 0 < (full - packed).abs().max() < 0.1 * full.abs().max()
 
 
 def test_what_cannot_be_is_refused(paths, tmp_path):

@@ -30,6 +30,7 @@ from rookery.tokenizers.pairing import load_tokenizer
 log = logging.getLogger("rookery")
 
 TYPES = {"fp16": "float16", "fp32": "float32", "bf16": "bfloat16"}
+PACKED = {"i8": "int8", "i4": "int4", "i3": "int4"}
 PART = re.compile(r"(cuda(?::\d+)?|cpu|mps|dml) (fp16|fp32|bf16)(i8|i4|i3)?(?: \*(\d+)(\+)?)?")
 WORLD = "rwkv_vocab_v20230424"
 
@@ -40,6 +41,8 @@ class Plan:
 
     device: str
     dtype: str
+    quantize: str | None = None
+    """Packed weights, on the CPU."""
     remarks: tuple[str, ...] = ()
     """In what the string is not followed to the letter."""
 
@@ -59,9 +62,11 @@ def explain(strategy: str) -> Plan:
         remarks.append(f"a model runs on one device: all layers go to {device} as {kind}")
     if any(part[5] for part in parts):
         remarks.append("layers are not streamed")
-    if any(part[3] for part in parts):
-        remarks.append(f"weights stay {kind}; `rookery convert` makes files with smaller ones")
-    return Plan(device, TYPES[kind], tuple(remarks))
+    packed = next((PACKED[part[3]] for part in parts if part[3]), None)
+    if packed and device != "cpu":
+        remarks.append(f"weights stay {kind} on {device}; only the CPU has smaller ones")
+        packed = None
+    return Plan(device, TYPES[kind], packed, tuple(remarks))
 
 
 class RWKV:
@@ -204,8 +209,12 @@ class PIPELINE:
 def _runner(checkpoint: Any, plan: Plan) -> Any:
     if plan.device == "cpu":
         try:
+            if plan.quantize:
+                return NativeRunner(checkpoint, quantize=plan.quantize)
             return NativeRunner(checkpoint, dtype=plan.dtype)
         except BackendUnavailable as reason:
+            if plan.quantize:
+                raise
             log.info("%s; torch runs it", reason)
     try:
         import torch
