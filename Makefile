@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := torch
 
-.PHONY: help demo test lint docs budget bench-train clean
+.PHONY: help demo test lint docs budget bench-train sanitize test-arm clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -35,6 +35,21 @@ budget: $(VENV)/.tested-tools ## seconds per test folder, import times, longest 
 bench-train: $(VENV)/.tested-tools ## training tokens/s against a GPT and a loop without kernels; where a step's time goes
 	$(BIN)/python benchmarks/train_cpu.py --naive --save
 	$(BIN)/python benchmarks/train_profile.py --save
+
+# the native test program, native/tests, built without Python
+NATIVE_TESTS := PATH=$(CURDIR)/$(BIN):$$PATH cmake -S . -G Ninja -DROOKERY_NATIVE_TESTS=ON
+
+sanitize: $(VENV)/.built ## C++ kernels, runtimes and readers under the address, undefined and thread sanitizers
+	for kind in address,undefined thread; do \
+		$(NATIVE_TESTS) -B build/sanitize-$$kind -DCMAKE_BUILD_TYPE= -DROOKERY_SANITIZE=$$kind && \
+		$(BIN)/cmake --build build/sanitize-$$kind && build/sanitize-$$kind/native_tests || exit 1; \
+	done
+
+test-arm: $(VENV)/.built ## the same tests for 64-bit ARM, in an emulator (Debian: g++-aarch64-linux-gnu, qemu-user)
+	$(NATIVE_TESTS) -B build/arm -DCMAKE_BUILD_TYPE=Release -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static
+	$(BIN)/cmake --build build/arm
+	qemu-aarch64 -cpu max build/arm/native_tests
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build site src/rookery/_native*.so

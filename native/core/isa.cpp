@@ -6,10 +6,15 @@
 #include <string>
 #include <vector>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace rookery {
 
 std::string_view name(Isa isa) {
-  constexpr std::array<std::string_view, 3> names{"portable", "avx2", "avx512"};
+  constexpr std::array<std::string_view, 4> names{"portable", "avx2", "avx512", "neon"};
   return names[static_cast<std::size_t>(isa)];
 }
 
@@ -21,6 +26,10 @@ std::span<const Isa> available_isas() {
     if (__builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16") &&
         __builtin_cpu_supports("avx512vnni"))
       isas.push_back(Isa::avx512);
+#elif defined(__aarch64__) && defined(__linux__)
+    // ARMv8.2 with products of four bytes: Graviton 2, Neoverse, Apple's and most others since 2018
+    constexpr unsigned long wanted = HWCAP_ASIMDDP | HWCAP_ASIMDHP;
+    if ((getauxval(AT_HWCAP) & wanted) == wanted) isas.push_back(Isa::neon);
 #endif
     return isas;
   }();

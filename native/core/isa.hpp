@@ -6,7 +6,7 @@
 
 namespace rookery {
 
-enum class Isa { portable, avx2, avx512 };
+enum class Isa { portable, avx2, avx512, neon };
 
 // Names in ascending order of preference; those of another architecture are left out.
 std::string_view name(Isa isa);
@@ -28,6 +28,13 @@ Isa find_isa(std::string_view wanted);
     if (isa == Isa::avx512) return avx512::INSTANCE;                \
     if (isa == Isa::avx2) return avx2::INSTANCE;                    \
     return portable::INSTANCE;                                      \
+  }
+#elif defined(__aarch64__)
+#define ROOKERY_DECLARE_KERNELS(TABLE, INSTANCE)                    \
+  namespace portable { extern const TABLE INSTANCE; }               \
+  namespace neon { extern const TABLE INSTANCE; }                   \
+  inline const TABLE& INSTANCE##_kernels(Isa isa) {                 \
+    return isa == Isa::neon ? neon::INSTANCE : portable::INSTANCE;  \
   }
 #else
 #define ROOKERY_DECLARE_KERNELS(TABLE, INSTANCE)                    \

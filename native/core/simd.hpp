@@ -7,6 +7,8 @@
 
 #if defined(__F16C__) || defined(__AVX512BF16__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace rookery {
@@ -47,6 +49,10 @@ inline vfloat load(const float16* p) {
   __m128i h;
   std::memcpy(&h, p, sizeof h);
   return (vfloat)_mm256_cvtph_ps(h);
+#elif defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
+  float16x4_t h;
+  std::memcpy(&h, p, sizeof h);
+  return (vfloat)vcvt_f32_f16(h);
 #else
   vhalf h;
   std::memcpy(&h, p, sizeof h);
