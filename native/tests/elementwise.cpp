@@ -44,7 +44,8 @@ TEST(functions_of_vectors_are_what_they_say) {
     const auto by_gate = [](auto function) {
       return [function](float* x, const float*, const float* z, int64_t n) { function(x, z, n); };
     };
-    each_length("times_logistic", by_gate(k.times_logistic), [](double x, double, double z) { return x * logistic(z); });
+    each_length("times_logistic", by_gate(k.times_logistic),
+                [](double x, double, double z) { return x * logistic(z); });
     each_length("times_silu", by_gate(k.times_silu), [](double x, double, double z) { return x * z * logistic(z); });
     each_length("interpolate",
                 [&](float* x, const float* y, const float* z, int64_t n) { k.interpolate(y, z, y, x, n); },

@@ -83,7 +83,8 @@ TEST(rwkv4_averages_as_its_equation_says) {
                    Doubles(static_cast<std::size_t>(tokens * channels)), some(random, 3 * channels)};
     for (double& w : given.inputs[0]) w = -std::exp(w - 2);
     for (int64_t c = 0; c < channels; ++c) {
-      given.state[static_cast<std::size_t>(channels + c)] = 1 + std::abs(given.state[static_cast<std::size_t>(channels + c)]);
+      double& total = given.state[static_cast<std::size_t>(channels + c)];
+      total = 1 + std::abs(total);
       given.state[static_cast<std::size_t>(2 * channels + c)] = 0;
     }
     Sequence want = given;
@@ -188,7 +189,8 @@ TEST(rwkv5_and_6_move_their_matrix_as_their_equation_says) {
       for (const Doubles& input : given.inputs) x.push_back(narrowed(input));
       for (float& w : x[1]) w = std::exp(w);
       Floats y(x[3].size()), state = turned(narrowed(given.state), n, n);
-      const Wkv6Piece piece{tokens, n, n, n, x[0].data(), x[2].data(), x[3].data(), x[1].data(), n, x[4].data(), y.data()};
+      const Wkv6Piece piece{tokens,      n, n, n, x[0].data(), x[2].data(), x[3].data(),
+                            x[1].data(), n, x[4].data(), y.data()};
       wkv6_kernels(isa).advance(piece, state.data());
       const double scale = std::sqrt(static_cast<double>(n * tokens));
       expect(apart(y, want.y, scale) < 1e-5, name(isa), n, "advance", apart(y, want.y, scale));
@@ -202,7 +204,7 @@ TEST(rwkv5_and_6_move_their_matrix_as_their_equation_says) {
 void run7(Sequence& s) {
   const auto n = static_cast<int64_t>(s.inputs[0].size()) / tokens;
   for (int64_t t = 0; t < tokens; ++t) {
-    const auto input = [&](int i, int64_t j) { return s.inputs[static_cast<std::size_t>(i)][static_cast<std::size_t>(t * n + j)]; };
+    const auto input = [&](std::size_t i, int64_t j) { return s.inputs[i][static_cast<std::size_t>(t * n + j)]; };
     for (int64_t i = 0; i < n; ++i) {
       double* row = s.state.data() + i * n;
       double removed = 0, y = 0;

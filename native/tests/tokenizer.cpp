@@ -71,9 +71,12 @@ TEST(damaged_vocabularies_are_read_or_refused_but_never_beyond_their_end) {
   const std::string vocabulary = some_vocabulary().substr(3000);
   Random random(9);
   for (int round = 0; round < 3000; ++round) {
-    std::string text = vocabulary.substr(0, static_cast<std::size_t>(random.below(static_cast<int>(vocabulary.size()))));
+    const auto place = [&](const std::string& in) {
+      return static_cast<std::size_t>(random.below(static_cast<int>(in.size())));
+    };
+    std::string text = vocabulary.substr(0, place(vocabulary));
     for (int i = random.below(4); i > 0 && !text.empty(); --i)
-      text[static_cast<std::size_t>(random.below(static_cast<int>(text.size())))] = static_cast<char>(random.below(256));
+      text[place(text)] = static_cast<char>(random.below(256));
     text.shrink_to_fit();
     if (const auto list = parse_vocabulary(text))
       expect(std::ranges::all_of(list->pieces, [](const Piece& piece) { return piece.bytes.size() < 8; }), text);
