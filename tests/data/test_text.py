@@ -5,7 +5,16 @@ import json
 import numpy as np
 import pytest
 
-from rookery.data.text import END_OF_TEXT, Corpus, Windows, read_documents, split, tokenize, validation_rows
+from rookery.data.text import (
+    END_OF_TEXT,
+    Corpus,
+    PackedDocuments,
+    Windows,
+    read_documents,
+    split,
+    tokenize,
+    validation_rows,
+)
 
 
 class Letters:
@@ -61,14 +70,14 @@ def test_targets_are_the_next_tokens():
 
 def test_a_pass_visits_every_window_once():
     windows = Windows(numbered(1000), 10, seed=0)
-    starts = [int(windows.batch(step, 1)[0][0, 0]) for step in range(1, windows.per_epoch + 1)]
+    starts = [int(windows.batch(step, 1)[0][0, 0]) for step in range(1, windows.orders[0].per_epoch + 1)]
     offset = min(starts) % 10
-    assert sorted(starts) == [offset + 10 * i for i in range(windows.per_epoch)]
+    assert sorted(starts) == [offset + 10 * i for i in range(windows.orders[0].per_epoch)]
 
 
 def test_passes_differ_in_order_and_offset():
     windows = Windows(numbered(1000), 10, seed=0)
-    passes = [windows.batch(step, windows.per_epoch)[0][:, 0].tolist() for step in (1, 2)]
+    passes = [windows.batch(step, windows.orders[0].per_epoch)[0][:, 0].tolist() for step in (1, 2)]
     assert passes[0] != passes[1]
     assert passes[0][0] % 10 != passes[1][0] % 10
 
@@ -92,3 +101,38 @@ def test_validation_rows_are_consecutive():
     inputs, targets = validation_rows(numbered(35), 10)
     assert inputs[:, 0].tolist() == [0, 10, 20]
     assert (targets == inputs + 1).all()
+
+
+def test_packed_documents_never_cross_a_border_and_are_all_seen_once_a_pass():
+    documents = [b"abcdefghijk\0", b"xy\0", b"\0", b"pqrst\0"]
+    tokens = np.frombuffer(b"".join(documents), np.uint8).astype(np.uint16)
+    packed = PackedDocuments(Corpus(tokens), length=4, budget=8, seed=0)
+    seen = []
+    for step in range(1, 10):
+        batch = packed.batch(step)
+        assert batch.inputs.shape[1] <= 8
+        ends = batch.cu_seqlens.tolist()
+        for a, b in zip(ends, ends[1:]):
+            seen.append((bytes(batch.inputs[0, a:b].tolist()), bytes(batch.targets[0, a:b].tolist())))
+    pieces = {
+        (b"abcd", b"bcde"),
+        (b"efgh", b"fghi"),
+        (b"ijk", b"jk\0"),
+        (b"xy", b"y\0"),
+        (b"pqrs", b"qrst"),
+        (b"t", b"\0"),
+    }
+    assert set(seen) == pieces
+    assert len(set(seen[:6])) == 6
+
+
+def test_sources_are_mixed_by_their_weights():
+    corpora = [Corpus(np.full(400, value, np.uint16)) for value in (1, 2)]
+    windows = Windows(corpora, 8, seed=0, weights=[3, 1])
+    inputs, _ = windows.batch(1, 1000)
+    assert (inputs[:, 0] == 1).sum() == 750
+
+
+def test_weights_that_do_not_fit_the_sources_are_refused():
+    with pytest.raises(ValueError, match="2 numbers for 1 paths"):
+        Windows(Corpus(np.zeros(100, np.uint16)), 8, seed=0, weights=[1, 2])

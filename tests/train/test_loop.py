@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rookery.data.build import build
 from rookery.models import create_model, save_model
 from rookery.recipes import recipe
 from rookery.train.checkpoint import load_checkpoint
@@ -298,3 +299,40 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(config, tmp_path):
     again = overlay(recipe("tiny-test"), {**settings, "steps": reached + 3})
     train(again)
     assert [row["step"] for row in rows(again)] == list(range(1, reached + 4))
+
+
+def test_tokens_and_documents_and_mixtures_train_as_well(config, tmp_path):
+    lines = [{"text": TEXT[i : i + 40 + i % 30]} for i in range(0, 3000, 50)]
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    build([str(tmp_path / "lines.jsonl")], str(tmp_path / "tokens"), "bytes")
+    changes = [
+        {"path": str(tmp_path / "tokens.bin"), "order": "official"},
+        {"path": str(tmp_path / "tokens.bin"), "order": "documents"},
+        {"path": f"{tmp_path / 'tokens'},{config.data.path}", "weights": "0.9,0.1"},
+    ]
+    for i, change in enumerate(changes):
+        run = overlay(config, {"data": change, "out": str(tmp_path / f"run{i}"), "steps": 30, "accumulate": 2})
+        train(run)
+        assert losses(run)[-1] < losses(run)[0] - 0.3
+        assert "validation_loss" in rows(run)[-1]
+
+
+def test_documents_in_parts_take_the_same_steps(config, tmp_path):
+    (tmp_path / "lines.json").write_text(json.dumps([TEXT[i : i + 30] for i in range(0, 900, 30)]))
+    config = overlay(config, {"data": {"path": str(tmp_path / "lines.json"), "order": "documents"}, "steps": 4})
+    train(config)
+    parts = dataclasses.replace(config, accumulate=3, out=str(tmp_path / "parts"))
+    train(parts)
+    assert losses(parts) == pytest.approx(losses(config), abs=2e-4)
+
+
+def test_tokens_of_another_vocabulary_are_refused(config, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([TEXT, TEXT]))
+    build([str(tmp_path / "a.json")], str(tmp_path / "tokens"), "world")
+    with pytest.raises(ValueError, match="the tokenizer has 256"):
+        train(overlay(config, {"data": {"path": str(tmp_path / "tokens.bin")}}))
+
+
+def test_weights_that_are_no_numbers_are_refused(config):
+    with pytest.raises(ValueError, match="must be numbers"):
+        train(overlay(config, {"data": {"weights": "many"}}))

@@ -18,6 +18,7 @@ VERBS = {
     "finetune": "train a model further: adapters, start states, preferences",
     "eval": "measure a model: perplexity and benchmarks",
     "recipes": "list the named training runs",
+    "data": "turn texts into tokens for training",
     "reproduce": "try a paper's claim on this machine",
     "convert": "turn a model file into another format",
     "merge": "put an adapter into the model that it was trained on",

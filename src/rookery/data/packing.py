@@ -32,6 +32,39 @@ def collate(samples: Sequence[Sample]) -> PackedBatch:
     return PackedBatch(*(torch.from_numpy(array) for array in (inputs[None], targets[None], ends)))
 
 
+def divided(weights: Sequence[float], parts: int) -> list[list[int]]:
+    """Documents by index, in their order, as `parts` runs of about equal weight.
+
+    Where there are fewer documents than parts, some parts are empty.
+    """
+    total = float(sum(weights)) or 1.0
+    found: list[list[int]] = [[] for _ in range(parts)]
+    before = 0.0
+    for i, weight in enumerate(weights):
+        found[min(parts - 1, int((before + weight / 2) / total * parts))].append(i)
+        before += weight
+    return found
+
+
+def parted(batch: PackedBatch, parts: int) -> list[tuple[PackedBatch, float]]:
+    """A batch as `parts` batches, each with its share of the learned tokens.
+
+    Where there are fewer documents than parts, some get a document whose share is 0.
+    """
+    ends = batch.cu_seqlens.tolist()
+    found = []
+    total = int((batch.targets != IGNORED).sum())
+    for run in divided([b - a for a, b in zip(ends, ends[1:])], parts):
+        first, last = (run[0], run[-1] + 1) if run else (0, 1)
+        begin, end = ends[first], ends[last]
+        part = PackedBatch(
+            batch.inputs[:, begin:end], batch.targets[:, begin:end], batch.cu_seqlens[first : last + 1] - begin
+        )
+        learned = int((part.targets != IGNORED).sum()) if run else 0
+        found.append((part, learned / total))
+    return found
+
+
 def fitted(samples: Sequence[Sample], length: int) -> tuple[list[Sample], int]:
     """Samples of at most `length` inputs; and how many lost something.
 

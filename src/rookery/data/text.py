@@ -1,7 +1,6 @@
-"""Text files as one long row of tokens, and the windows of it that a step learns from."""
+"""Text as one long row of tokens, and what of it a step learns from: windows, or whole documents packed."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-END_OF_TEXT = 0
-"""Token between documents."""
+from rookery.data.binidx import BinIdx
+from rookery.data.documents import END_OF_TEXT as END_OF_TEXT
+from rookery.data.documents import read_documents as read_documents
+from rookery.data.documents import split as split
+from rookery.data.jsonl import Sample
+from rookery.data.order import Mixture, Official, Shuffled
+from rookery.data.packing import PackedBatch, Packs, collate
+from rookery.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -19,78 +24,116 @@ class Corpus:
 
     tokens: np.ndarray
     """uint16 or int32 [n]"""
-    characters: int
-    """Characters of the documents, for losses per character."""
+    characters: int = 0
+    """Characters of the documents, for losses per character; 0 where unknown."""
+    lengths: np.ndarray | None = None
+    """int [documents]: tokens of each, where known; else documents end with each END_OF_TEXT."""
+
+    def document_lengths(self) -> np.ndarray:
+        if self.lengths is not None:
+            return self.lengths
+        ends = np.flatnonzero(self.tokens == END_OF_TEXT) + 1
+        if not len(ends) or ends[-1] < len(self.tokens):
+            ends = np.append(ends, len(self.tokens))
+        return np.diff(ends, prepend=0)
 
 
-def read_documents(path: Path) -> Iterator[str]:
-    """Documents of a file: the whole of a .txt, the "text" of every line of a .jsonl, the strings of a .json list."""
-    if not path.exists():
-        raise FileNotFoundError(f"there is no text file {str(path)!r}")
-    if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    yield json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError):
-                    raise ValueError(f'{path}, line {number}: expected a JSON object with a "text" field') from None
-    elif path.suffix == ".json":
-        yield from json.loads(path.read_text(encoding="utf-8"))
-    else:
-        yield path.read_text(encoding="utf-8")
-
-
-def tokenize(documents: list[str], tokenizer) -> Corpus:
+def tokenize(documents: list[str], tokenizer: Tokenizer) -> Corpus:
     """All documents in one row; tokens are 16-bit where the vocabulary allows."""
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
     rows = [np.asarray([*tokenizer.encode(text), END_OF_TEXT], dtype=dtype) for text in documents]
     return Corpus(np.concatenate(rows) if rows else np.empty(0, dtype), sum(map(len, documents)))
 
 
-def split(documents: list[str], validation_share: float) -> tuple[list[str], list[str]]:
-    """Documents to learn from and to hold out. A single document is cut by characters instead."""
-    if validation_share == 0 or not documents:
-        return documents, []
-    if len(documents) == 1:
-        cut = round(len(documents[0]) * (1 - validation_share))
-        return [documents[0][:cut]], [documents[0][cut:]]
-    held = max(1, round(len(documents) * validation_share))
-    return documents[:-held], documents[-held:]
+def is_binidx(path: str) -> bool:
+    """Whether `path` names a data set of tokens, by either of its files or their common name."""
+    return path.endswith((".bin", ".idx")) or (not Path(path).exists() and Path(path + ".idx").exists())
+
+
+def open_tokens(path: str, vocab_size: int, validation_share: float) -> tuple[Corpus, Corpus]:
+    """Documents of a binidx data set to learn from and to hold out, these from its end.
+
+    ValueError where it was made with another vocabulary, as far as its first and last tokens tell.
+    """
+    data = BinIdx(path)
+    seen = [int(part.max()) for part in (data.tokens[: 1 << 20], data.tokens[-(1 << 20) :]) if len(part)]
+    if seen and max(seen) >= vocab_size:
+        raise ValueError(
+            f"{path} holds the token {max(seen)}, the tokenizer has {vocab_size}; give the one it was made with"
+        )
+    held = min(len(data) - 1, max(1, round(len(data) * validation_share))) if validation_share else 0
+    cut = len(data) - held
+    border = int(data.sizes[:cut].sum(dtype=np.int64))
+    ordered = np.array_equal(data.starts, np.cumsum(data.sizes, dtype=np.int64) - data.sizes)
+    if not ordered:
+        raise ValueError(f"{path}: the sequences do not follow one another in the .bin file; build it anew")
+    return (
+        Corpus(data.tokens[:border], lengths=data.sizes[:cut]),
+        Corpus(data.tokens[border:], lengths=data.sizes[cut:]),
+    )
 
 
 class Windows:
-    """Windows of a corpus in an order that is a pure function of the seed and the place in the run.
+    """Windows of corpora in an order that is a pure function of the seed and the place in the run.
 
-    Every pass over the corpus shifts the windows by a random offset and shuffles them. A resumed run sees what an
-    uninterrupted one would have seen.
+    A resumed run sees what an uninterrupted one would have seen.
     """
 
-    def __init__(self, corpus: Corpus, length: int, seed: int) -> None:
-        self.tokens, self.length, self.seed = corpus.tokens, length, seed
-        # as many windows as fit behind the largest offset, length − 1
-        self.per_epoch = (len(self.tokens) - length) // length
-        if self.per_epoch < 1:
-            raise ValueError(
-                f"{len(self.tokens)} tokens of text are too few for windows of {length}: give at least "
-                f"{2 * length}, or a smaller data.sequence_length"
-            )
-        self._epoch, self._offset, self._order = -1, 0, np.empty(0, np.int64)
+    def __init__(
+        self,
+        corpora: Corpus | Sequence[Corpus],
+        length: int,
+        seed: int,
+        order: str = "shuffle",
+        weights: Sequence[float] = (),
+    ) -> None:
+        """`order` is "shuffle" or "official"; `weights`, one a corpus, say how often each is drawn from (by size)."""
+        self.corpora = [corpora] if isinstance(corpora, Corpus) else list(corpora)
+        self.length = length
+        sizes = [len(corpus.tokens) for corpus in self.corpora]
+        self.orders = [Official(n, length) if order == "official" else Shuffled(n, length, seed) for n in sizes]
+        if weights and len(weights) != len(sizes):
+            raise ValueError(f"data.weights has {len(weights)} numbers for {len(sizes)} paths; give one for each")
+        self.mixture = Mixture(weights or sizes, seed) if len(sizes) > 1 else None
 
     def batch(self, step: int, rows: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, int64 [rows, length], of `step` (from 1)."""
-        starts = [self._start((step - 1) * rows + row) for row in range(rows)]
-        windows = np.stack([self.tokens[s : s + self.length + 1] for s in starts]).astype(np.int64)
+        windows = np.stack([self._window((step - 1) * rows + row) for row in range(rows)])
         windows = torch.from_numpy(windows)
         return windows[:, :-1], windows[:, 1:]
 
-    def _start(self, sample: int) -> int:
-        epoch, place = divmod(sample, self.per_epoch)
-        if epoch != self._epoch:
-            generator = np.random.Generator(np.random.Philox(key=self.seed, counter=epoch))
-            self._offset = int(generator.integers(self.length))
-            self._order = generator.permutation(self.per_epoch)
-            self._epoch = epoch
-        return int(self._order[place]) * self.length + self._offset
+    def _window(self, sample: int) -> np.ndarray:
+        source, number = self.mixture.source(sample) if self.mixture else (0, sample)
+        start = self.orders[source].start(number)
+        return self.corpora[source].tokens[start : start + self.length + 1].astype(np.int64)
+
+
+class PackedDocuments:
+    """Whole documents, as many as fit into a step, each with a state of its own; longer ones in pieces."""
+
+    def __init__(self, corpus: Corpus, length: int, budget: int, seed: int) -> None:
+        """No piece has more than `length` inputs, no step more than `budget`."""
+        self.tokens = corpus.tokens
+        lengths = corpus.document_lengths().astype(np.int64)
+        starts = np.cumsum(lengths) - lengths
+        # the last token is a target only; a piece begins where the one before ends, with its last target
+        pieces = np.maximum(0, -(-(lengths - 1) // length))
+        first = np.repeat(np.cumsum(pieces) - pieces, pieces)
+        within = (np.arange(int(pieces.sum())) - first) * length
+        self.starts = np.repeat(starts, pieces) + within
+        self.inputs = np.minimum(length, np.repeat(lengths, pieces) - 1 - within)
+        self.packs = Packs(self.inputs, budget, seed)
+
+    def samples(self, step: int) -> list[Sample]:
+        """Documents of `step` (from 1)."""
+        found = []
+        for i in self.packs.indices(step):
+            tokens = self.tokens[self.starts[i] : self.starts[i] + self.inputs[i] + 1].astype(np.int64)
+            found.append(Sample(tokens, np.ones(len(tokens), bool)))
+        return found
+
+    def batch(self, step: int) -> PackedBatch:
+        return collate(self.samples(step))
 
 
 def validation_rows(corpus: Corpus, length: int, most: int = 256) -> tuple[Tensor, Tensor]:

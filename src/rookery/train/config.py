@@ -23,7 +23,13 @@ class DataConfig:
     """The text that is learned."""
 
     path: str = ""
-    """Files separated by commas: .txt, .jsonl with a "text" field per line, or .json with a list of strings."""
+    """Sources separated by commas: .txt, .jsonl with a "text" field per line, .json with a list of strings, .parquet
+    with a "text" column, tokens that `rookery data build` wrote (.bin), or "hf:NAME:SPLIT", a data set of the Hub."""
+    weights: str = ""
+    """How often each source of `path` is drawn from, numbers separated by commas; where empty, by its size."""
+    order: Literal["shuffle", "official", "documents"] = "shuffle"
+    """Windows of the running text, shuffled; the same in the order of RWKV-LM (core.md 1.10); or whole documents packed
+    into a row, each with a state of its own."""
     tokenizer: str = "bytes"
     """"bytes", "world", "20b", or the path of a vocabulary file."""
     validation: str = ""
@@ -120,6 +126,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulate", "save_every", "keep", "bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_choices(self.data)
         if not 0 <= self.data.validation_share < 1:
             raise ValueError(f"data.validation_share must lie in [0, 1), got {self.data.validation_share}")
 

@@ -17,7 +17,7 @@ from rookery.adapt.state_tuning import StartState, save_start
 from rookery.checkpoints import open_checkpoint
 from rookery.checkpoints.atomic import replacing
 from rookery.data.jsonl import Preference, Sample, read_preferences, read_samples
-from rookery.data.packing import IGNORED, PackedBatch, Packs, collate, fitted
+from rookery.data.packing import IGNORED, PackedBatch, Packs, collate, fitted, parted
 from rookery.engine.llm import EMBEDDED
 from rookery.models import load, save_model
 from rookery.tokenizers.pairing import resolve
@@ -125,6 +125,11 @@ class FinetuneTask(Task):
     def batch(self, step: int) -> Chosen:
         indices = self.packs.indices(step)
         return Chosen(_packed([self.documents[i] for i in indices]), indices)
+
+    def split(self, batch: Chosen, parts: int) -> list[tuple[Chosen, float]]:
+        if self.config.learn == "sft":
+            return [(Chosen(part, batch.indices), weight) for part, weight in parted(batch.packed, parts)]
+        return super().split(batch, parts)
 
     def tokens(self, batch: Chosen) -> int:
         return batch.packed.inputs.numel()

@@ -2,10 +2,22 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from rookery.data.text import Windows, read_documents, split, tokenize, validation_rows
+from rookery.data.packing import PackedBatch, parted
+from rookery.data.text import (
+    Corpus,
+    PackedDocuments,
+    Windows,
+    is_binidx,
+    open_tokens,
+    read_documents,
+    split,
+    tokenize,
+    validation_rows,
+)
 from rookery.models import create_model, load, save_model
 from rookery.nn.language_model import LanguageModel
 from rookery.ops.linear_cross_entropy import linear_cross_entropy
@@ -14,6 +26,7 @@ from rookery.tokenizers.pairing import NAMES as SHIPPED_TOKENIZERS
 from rookery.tokenizers.trie import TrieTokenizer
 from rookery.train.config import DataConfig, TrainConfig
 from rookery.train.tasks.base import Task
+from rookery.train.tasks.sft import sft_loss
 
 
 def language_loss(model: LanguageModel, inputs: Tensor, targets: Tensor, l2wrap: float = 0.0) -> Tensor:
@@ -24,8 +37,12 @@ def language_loss(model: LanguageModel, inputs: Tensor, targets: Tensor, l2wrap:
     )
 
 
+Batch = tuple[Tensor, Tensor] | PackedBatch
+"""Inputs and targets [b, t] of windows, or packed documents."""
+
+
 class LanguageTask(Task):
-    """Windows of one long text."""
+    """Windows of a long text, or whole documents."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
@@ -33,21 +50,33 @@ class LanguageTask(Task):
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         if not config.data.path:
             raise ValueError("no text to train on: give data.path, for example --set data.path=book.txt")
-        learned, held_out = texts(config.data)
+        learned, self.held_out = corpora(config.data, self.tokenizer)
         self.model = self.trained = starting_model(config, self.tokenizer.vocab_size)
-        self.windows = Windows(tokenize(learned, self.tokenizer), config.data.sequence_length, config.seed)
-        self.held_out = tokenize(held_out, self.tokenizer)
+        self.documents: PackedDocuments | None = None
+        length, weights = config.data.sequence_length, _numbers(config.data.weights)
+        if config.data.order != "documents":
+            self.windows = Windows(learned, length, config.seed, config.data.order, weights)
+            return
+        if len(learned) > 1 or weights:
+            raise ValueError('data.order="documents" reads one source: build one file of all (`rookery data build`)')
+        self.documents = PackedDocuments(learned[0], length, config.batch_size * length, config.seed)
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int) -> Batch:
+        if self.documents:
+            return self.documents.batch(step)
         return self.windows.batch(step, self.config.batch_size)
 
-    def tokens(self, batch: tuple[Tensor, Tensor]) -> int:
+    def tokens(self, batch: Batch) -> int:
         return batch[0].numel()
 
-    def loss(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        if isinstance(batch, PackedBatch):
+            return {"loss": sft_loss(self.model, batch, self.config.l2wrap)}
         return {"loss": language_loss(self.model, *batch, self.config.l2wrap)}
 
-    def split(self, batch: tuple[Tensor, Tensor], parts: int) -> list[tuple[tuple[Tensor, Tensor], float]]:
+    def split(self, batch: Batch, parts: int) -> list[tuple[Batch, float]]:
+        if isinstance(batch, PackedBatch):
+            return parted(batch, parts)
         if len(batch[0]) % parts:
             raise ValueError(
                 f"batch_size={len(batch[0])} rows cannot be divided among {parts} parts (processes × accumulate)"
@@ -66,10 +95,10 @@ class LanguageTask(Task):
         total = sum(float(language_loss(self.model, *pair)) * pair[0].shape[0] for pair in rows)
         loss = total / inputs.shape[0]
         # the corpus has an end-of-text token more than it has characters for, which the model must predict as well
-        return {
-            "validation_loss": loss,
-            "validation_nats_per_character": loss * len(corpus.tokens) / corpus.characters,
-        }
+        if not corpus.characters:
+            return {"validation_loss": loss}
+        per_character = loss * len(corpus.tokens) / corpus.characters
+        return {"validation_loss": loss, "validation_nats_per_character": per_character}
 
     def export(self, out: Path) -> None:
         """Writes the model in the run's dtype, and its tokenizer beside it unless that ships with the package."""
@@ -99,11 +128,44 @@ def starting_model(config: TrainConfig, vocab_size: int) -> LanguageModel:
     return model
 
 
-def texts(data: DataConfig) -> tuple[list[str], list[str]]:
-    """Documents to learn from and held-out ones."""
-    files = [list(read_documents(Path(part))) for part in data.path.split(",") if part]
-    if data.validation:
-        held_out = [text for part in data.validation.split(",") for text in read_documents(Path(part))]
-        return [text for file in files for text in file], held_out
-    parts = [split(file, data.validation_share) for file in files]
-    return [t for learned, _ in parts for t in learned], [t for _, held_out in parts for t in held_out]
+def corpora(data: DataConfig, tokenizer: Tokenizer) -> tuple[list[Corpus], Corpus]:
+    """What is learned from, and the held-out text. Texts are one corpus unless they have weights of their own."""
+    learned, held, texts, held_texts = [], [], [], []
+    share = 0.0 if data.validation else data.validation_share
+    for path in filter(None, data.path.split(",")):
+        if is_binidx(path):
+            corpus, rest = open_tokens(path, tokenizer.vocab_size, share)
+            learned.append(corpus)
+            held.append(rest)
+            continue
+        some, rest = split(list(read_documents(path)), share)
+        held_texts += rest
+        if data.weights:
+            learned.append(tokenize(some, tokenizer))
+        else:
+            texts += some
+    if texts:
+        learned.append(tokenize(texts, tokenizer))
+    for path in filter(None, data.validation.split(",")):
+        if is_binidx(path):
+            held.append(open_tokens(path, tokenizer.vocab_size, 0.0)[0])
+        else:
+            held_texts += read_documents(path)
+    return learned, _held_out(held, tokenize(held_texts, tokenizer))
+
+
+def _held_out(tokens: list[Corpus], texts: Corpus) -> Corpus:
+    if not any(len(corpus.tokens) for corpus in tokens):
+        return texts
+    return Corpus(np.concatenate([*(corpus.tokens[:HELD_OUT] for corpus in tokens), texts.tokens]))
+
+
+HELD_OUT = 1 << 20
+"""Tokens of a held-out binidx data set that are read; `validation_rows` looks at fewer."""
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise ValueError(f"data.weights must be numbers separated by commas, got {text!r}") from None
