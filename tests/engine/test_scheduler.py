@@ -1,4 +1,6 @@
+import gc
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -233,3 +235,27 @@ def test_what_prompts_share_is_read_once():
     assert [list(text) for text in texts] == [alone(llm, system + end, 3, seed=1, **DRAWN) for end in ends]
     assert scheduler.counts["prompt_tokens"] == len(system) + 2 * len(ends)
     assert [text.cached for text in texts] == [0] + [len(system)] * 7
+
+
+def test_states_are_free_as_soon_as_nobody_has_them(native):
+    """Without the garbage collector, which comes late where states are few and large."""
+    gc.disable()
+    try:
+        for cancel in (False, True):
+            scheduler = Scheduler(native)
+            text = scheduler.submit([1, 2], 3, tokens=True, seed=1, **DRAWN)
+            scheduler.tick()
+            if cancel:
+                text.cancel()
+            scheduler.run()
+            state = weakref.ref(text.session._at.state)
+            del text
+            assert state() is None
+        session = native.session()
+        session.feed([1])
+        list(session.stream_tokens(3, seed=1, speculate=2))
+        state = weakref.ref(session._at.state)
+        del session
+        assert state() is None
+    finally:
+        gc.enable()

@@ -346,8 +346,7 @@ class TokenStream:
         """Gives the same tokens again from the same position."""
         self.tokens: list[int] = []
         """The tokens so far, without the one that ended the text."""
-        self.finish_reason: str | None = None
-        """None while open, then "length", "end" (token 0), "stop" (a stop string) or "closed"."""
+        self._finish_reason: str | None = None
         self.logprobs: list[TokenLogprobs] = []
         """Of every token, if `logprobs` was asked for."""
         at, llm = session._at, session.llm
@@ -360,6 +359,17 @@ class TokenStream:
             from rookery.engine.speculate import Verifier
 
             self._verifier = Verifier(session, order)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """None while open, then "length", "end" (token 0), "stop" (a stop string) or "closed"."""
+        return self._finish_reason
+
+    def finish(self, reason: str) -> None:
+        """Ends the stream."""
+        self._finish_reason = reason
+        # session and stream must not keep each other: their states would wait for the garbage collector
+        self.session._stream = None
 
     def __iter__(self) -> Self:
         return self
@@ -382,13 +392,13 @@ class TokenStream:
     def advance(self) -> int | None:
         """The next token; None at the end."""
         if self.full:
-            self.finish_reason = "end" if self._sampler.complete else "length"
+            self.finish("end" if self._sampler.complete else "length")
         if self.finish_reason is not None:
             return None
         logits = self._logits()
         token = self._sampler.next(logits)
         if token in self.order.ends:
-            self.finish_reason = "end"
+            self.finish("end")
             return None
         self._sampler.accept(token)
         if self.order.logprobs is not None:
@@ -407,7 +417,8 @@ class TokenStream:
 
     def close(self) -> None:
         """Ends the stream; harmless when it has ended."""
-        self.finish_reason = self.finish_reason or "closed"
+        if self.finish_reason is None:
+            self.finish("closed")
 
     def shown(self) -> Position:
         return self.session._at
@@ -502,7 +513,7 @@ class TextStream:
             if not behind:
                 self._mark = None
         if stopped:
-            self._source.finish_reason = "stop"
+            self._source.finish("stop")
             self._return_to_shown()
         return text
 
