@@ -24,6 +24,10 @@ FAMILY_MODULES = (
     "rad_rwkv7",
     "transformer",
     "vision_rwkv",
+    "rimer",
+    "rimer_released",
+    "timer",
+    "rwkv_ts",
 )
 """Files of `rookery.families` that define FAMILY; recognition tries them in this order."""
 

@@ -69,7 +69,8 @@ def recognise(shapes: Shapes) -> bool:
     # a bonus of its own for every channel came after the name time_faaaa: web-rwkv gives it the older one again
     first = shapes.get("blocks.0.att.time_first", ())
     renamed = len(first) > 1 and first[1] > 1
-    return "blocks.0.att.time_mix_k" in shapes and "blocks.0.att.ln_x.weight" in shapes and not renamed
+    has = shapes.keys()
+    return {"blocks.0.att.time_mix_k", "blocks.0.att.ln_x.weight"} <= has and "embed.weight" not in has and not renamed
 
 
 def config_from_shapes(shapes: Shapes) -> RWKV5Config:

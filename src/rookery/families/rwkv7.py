@@ -79,7 +79,12 @@ def recognise(shapes: Shapes) -> bool:
     # web-rwkv transposes the low-rank factors: [rank, width]
     width, rows = shapes.get("emb.weight", (0,))[-1], shapes.get("blocks.0.att.w1", (0,))[0]
     transposed = rows != width == shapes.get("blocks.0.att.w1", (0,))[-1]
-    return "blocks.0.att.r_k" in shapes and not transposed and not any(name.endswith(extra) for name in shapes)
+    return (
+        "blocks.0.att.r_k" in shapes
+        and "embed.weight" not in shapes
+        and not transposed
+        and not any(name.endswith(extra) for name in shapes)
+    )
 
 
 def config_from_shapes(shapes: Shapes) -> RWKV7Config:

@@ -1,0 +1,222 @@
+"""Time series from CSV files: one column a channel, rows in order of time, and the windows that are learned from."""
+
+import csv
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+
+MISSING = frozenset({"", "na", "n/a", "nan", "null", "none"})
+"""What files write where there is no value, in lower case."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Channels side by side."""
+
+    names: tuple[str, ...]
+    """Of the channels."""
+    values: np.ndarray
+    """float64 [rows, channels], NaN where nothing was observed."""
+    times: np.ndarray | None = None
+    """datetime64[s] [rows], None where the file has no column of dates."""
+
+    @property
+    def step(self) -> float | None:
+        """Seconds between rows (the median), None without dates."""
+        if self.times is None or len(self.times) < 2:
+            return None
+        return float(np.median(np.diff(self.times).astype(np.float64)))
+
+    def column(self, name: str) -> np.ndarray:
+        """One channel [rows]; ValueError that lists the names if there is none such."""
+        if name not in self.names:
+            raise ValueError(f"there is no column {name!r}; the columns are {', '.join(self.names)}")
+        return self.values[:, self.names.index(name)]
+
+
+def read_table(path: str | os.PathLike[str]) -> Table:
+    """A CSV file with a header. The first column is the time if its first value reads as a date, otherwise a channel.
+
+    Raises ValueError that names row and column for what is no number, for infinite values and for dates that do not
+    rise.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {str(path)!r}")
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file)
+        header = next(rows, [])
+        lines = [(number, row) for number, row in enumerate(rows, 2) if row]
+    if not header or not lines:
+        raise ValueError(f"{path}: expected a header and at least one row of values")
+    dated = _date(lines[0][1][0]) is not None
+    values = np.empty((len(lines), len(header) - dated))
+    times = np.empty(len(lines), "datetime64[s]") if dated else None
+    for i, (number, row) in enumerate(lines):
+        where = f"{path}, line {number}"
+        if len(row) != len(header):
+            raise ValueError(f"{where}: {len(row)} values under {len(header)} column names")
+        if times is not None:
+            times[i] = _time(row[0], where)
+        for j, text in enumerate(row[dated:]):
+            values[i, j] = _number(text, where, header[j + dated])
+    if times is not None and (late := np.flatnonzero(np.diff(times) <= np.timedelta64(0))).size:
+        number, row = lines[int(late[0]) + 1]
+        raise ValueError(f"{path}, line {number}: {row[0]} is not later than the row before; sort and deduplicate them")
+    return Table(tuple(header[dated:]), values, times)
+
+
+def _date(text: str) -> datetime | None:
+    text = text.strip()
+    if not any(mark in text for mark in "-/:") or text[:1] in "-+.":  # a number, not a date
+        return None
+    for form in (None, "%Y-%m", "%Y/%m/%d", "%Y/%m/%d %H:%M", "%Y/%m/%d %H:%M:%S", "%m/%d/%Y"):
+        try:
+            when = datetime.fromisoformat(text) if form is None else datetime.strptime(text, form)
+        except ValueError:
+            continue
+        return when.replace(tzinfo=None)
+    return None
+
+
+def _time(text: str, where: str) -> np.datetime64:
+    when = _date(text)
+    if when is None:
+        raise ValueError(f"{where}: {text!r} is no date, as the first row of this column is; write 2026-01-31 12:00:00")
+    return np.datetime64(when, "s")
+
+
+def _number(text: str, where: str, column: str) -> float:
+    if text.strip().lower() in MISSING:
+        return math.nan
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"{where}, column {column!r}: {text!r} is no number; leave missing values empty") from None
+    if math.isinf(value):
+        raise ValueError(f"{where}, column {column!r}: the value is infinite; leave missing values empty")
+    return value
+
+
+PERIODS = {900: 96, 1800: 48, 3600: 24, 86400: 7, 604800: 52}
+"""Seconds between rows -> rows of a season: a day, a week or a year."""
+
+
+def period_of(step: float | None) -> int:
+    """Rows of a season for that many seconds between rows; 12 for months, 4 for quarters, 1 where nothing is known."""
+    if step is None:
+        return 1
+    if 28 * 86400 <= step <= 31 * 86400:
+        return 12
+    if 89 * 86400 <= step <= 92 * 86400:
+        return 4
+    return PERIODS.get(round(step), 1)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Rows that are predicted in training, in validation and in the test; windows may look back across a border."""
+
+    train: range
+    validation: range
+    test: range
+
+
+ETT_MONTHS = (12, 4, 4)
+"""Months of 30 days for training, validation and test in the ETT sets; what follows is not used."""
+
+
+def standard_splits(table: Table) -> Splits:
+    """The published borders: 12, 4 and 4 months for the ETT sets (known by length and step), else 70, 10 and 20%."""
+    rows = len(table.values)
+    hourly, quarterly = (rows, table.step) == (17420, 3600.0), (rows, table.step) == (69680, 900.0)
+    if hourly or quarterly:
+        month = 30 * 24 * (1 if hourly else 4)
+        first, second, third = (month * sum(ETT_MONTHS[: i + 1]) for i in range(3))
+        return Splits(range(first), range(first, second), range(second, third))
+    train, test = int(0.7 * rows), int(0.2 * rows)
+    return Splits(range(train), range(train, rows - test), range(rows - test, rows))
+
+
+@dataclass(frozen=True)
+class Scaler:
+    """Mean and standard deviation of every channel over the rows of training."""
+
+    mean: np.ndarray
+    """[channels]"""
+    deviation: np.ndarray
+    """[channels], biased; 1 for a channel that never varies."""
+
+    @staticmethod
+    def of(values: np.ndarray) -> "Scaler":
+        """Statistics of `values` [rows, channels] without what is missing."""
+        deviation = np.nanstd(values, axis=0)
+        return Scaler(np.nanmean(values, axis=0), np.where(deviation > 0, deviation, 1.0))
+
+    def into(self, values: np.ndarray) -> np.ndarray:
+        return (values - self.mean) / self.deviation
+
+
+def scaled(table: Table, splits: Splits) -> Table:
+    """The table with every channel scaled by the statistics of its training rows alone."""
+    fitted = Scaler.of(table.values[splits.train.start : splits.train.stop])
+    return replace(table, values=fitted.into(table.values))
+
+
+class SeriesWindows:
+    """All windows of `context` points and the `horizon` points after them, every channel a series of its own."""
+
+    def __init__(self, values: np.ndarray, targets: range, context: int, horizon: int) -> None:
+        """`values` [rows, channels]; `targets` are the rows that may be predicted. ValueError where no window fits."""
+        self.values, self.context, self.horizon = values.astype(np.float32), context, horizon
+        self.first = max(targets.start, context)
+        self.count = targets.stop - horizon - self.first + 1
+        if self.count < 1:
+            raise ValueError(
+                f"rows {targets.start} to {targets.stop} hold no window of {context} points of history and {horizon} to "
+                "predict; give a longer series or a shorter lookback or horizon"
+            )
+
+    def __len__(self) -> int:
+        return self.count
+
+    def take(self, numbers: np.ndarray) -> np.ndarray:
+        """Windows by number as series: float32 [windows · channels, context + horizon], channel after channel."""
+        starts = self.first - self.context + np.asarray(numbers)
+        rows = starts[:, None] + np.arange(self.context + self.horizon)
+        windows = self.values[rows]  # [windows, points, channels]
+        return windows.transpose(0, 2, 1).reshape(-1, rows.shape[1])
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """All windows in their order, `size` of them at a time, as `take` gives them."""
+        for start in range(0, self.count, size):
+            yield self.take(np.arange(start, min(start + size, self.count)))
+
+
+def assert_no_overlap(windows: SeriesWindows, splits: Splits) -> None:
+    """ValueError if a window's targets are among its inputs, or if validation or test rows come before training ones.
+
+    Splits that shuffle rows, and targets that are the input shifted by one, make copying look like forecasting
+    (timeseries.md 6.1).
+    """
+    borders = [splits.train.stop, splits.validation.start, splits.validation.stop, splits.test.start]
+    if borders != sorted(borders):
+        raise ValueError(f"the splits overlap or run backwards in time: {splits}")
+    sample = windows.take(np.arange(min(200, len(windows))))
+    context, target = sample[:, : windows.context], sample[:, windows.context :]
+    copied = context[:, -windows.horizon :] if windows.context >= windows.horizon else np.resize(context, target.shape)
+    shifted = np.concatenate([copied[:, 1:], copied[:, -1:]], axis=1)
+    if _r2(shifted, target) > 0.9:
+        raise ValueError("repeating the input shifted by one row explains the target: the target lies in the input")
+
+
+def _r2(predicted: np.ndarray, actual: np.ndarray) -> float:
+    seen = ~np.isnan(actual) & ~np.isnan(predicted)
+    actual, predicted = actual[seen], predicted[seen]
+    spread = np.square(actual - actual.mean()).sum()
+    return float(1 - np.square(actual - predicted).sum() / spread) if spread else 0.0
