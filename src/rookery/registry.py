@@ -28,6 +28,7 @@ FAMILY_MODULES = (
     "rimer_released",
     "timer",
     "rwkv_ts",
+    "dlinear",
 )
 """Files of `rookery.families` that define FAMILY; recognition tries them in this order."""
 

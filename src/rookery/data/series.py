@@ -178,8 +178,8 @@ class SeriesWindows:
         self.count = targets.stop - horizon - self.first + 1
         if self.count < 1:
             raise ValueError(
-                f"rows {targets.start} to {targets.stop} hold no window of {context} points of history and {horizon} to "
-                "predict; give a longer series or a shorter lookback or horizon"
+                f"rows {targets.start} to {targets.stop} hold no window of {context} points of history and {horizon} "
+                "to predict; give a longer series or a shorter lookback or horizon"
             )
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""The standard protocol of long-term forecasting, exactly: borders, scaling on training rows, every window, no drop-last.
+"""The standard protocol of long-term forecasting: published borders, scaling on training rows, every window counted.
 
 MSE and MAE are of scaled values, averaged over all windows, points and channels (timeseries.md 5). They depend on the
 lookback: compare figures of one lookback only.
@@ -85,6 +85,7 @@ def evaluate(
     """
     if lookback < 1 or horizon < 1:
         raise ValueError(f"lookback and horizon must be at least 1 row, got {lookback} and {horizon}")
+    model = resolved(model)
     table = read_table(csv_path)
     splits = standard_splits(table)
     table = scaled(table, splits)
@@ -105,19 +106,26 @@ def evaluate(
     }
 
 
+def resolved(model: CanForecast | str) -> CanForecast | str:
+    """The model itself, loaded where its path is given; the name of a baseline stays one."""
+    if not isinstance(model, str) or model in BASELINES:
+        return model
+    if not os.path.exists(model):
+        raise unknown(
+            "forecaster", model, BASELINES, "a path of a trained one, or `rookery.evaluate.forecasting.BASELINES`"
+        )
+    return load(model).eval()
+
+
 def levels_of(model: CanForecast | str) -> tuple[float, ...]:
     """Quantile levels that the model predicts."""
-    return () if isinstance(model, str) and model in BASELINES else tuple(getattr(model, "config", model).levels)
+    return () if isinstance(model, str) else tuple(model.config.levels)
 
 
 def predictor(model: CanForecast | str, horizon: int, period: int) -> Callable[[np.ndarray], np.ndarray]:
     """Histories float32 [b, l] -> forecasts [b, horizon, q]."""
     if isinstance(model, str):
-        if model not in BASELINES:
-            model = load(model)
-        else:
-            baseline = BASELINES[model]
-            return lambda history: baseline(history, horizon, period)[..., None]
+        return lambda history: BASELINES[model](history, horizon, period)[..., None]
     return lambda history: model.forecast(torch.from_numpy(history), horizon).float().cpu().numpy()
 
 

@@ -65,7 +65,7 @@ def config_from_shapes(shapes: Shapes) -> RimerConfig:
     """Sizes from the tensors; a head is taken to predict one value a point, our own files say otherwise themselves."""
     try:
         width, inputs = shapes["embed.weight"]
-        heads, head_dim = shapes["blocks.0.att.r_k"]
+        _, head_dim = shapes["blocks.0.att.r_k"]
         sizes = {
             "intermediate_size": shapes["blocks.0.ffn.key.weight"][0],
             "decay_rank": shapes["blocks.0.att.w1"][1],

@@ -38,8 +38,8 @@ class Forecaster(nn.Module):
     def forward(self, patches: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """What follows each of the `patches` [b, n, p], as [b, n, k, q], and the state after them.
 
-        Patches are scaled (see `Scale`) and NaN where nothing was observed; k is `output_patches` · p. Values of a point
-        rise with the quantile level. The state given is never changed.
+        Patches are scaled (see `Scale`) and NaN where nothing was observed; k is `output_patches` · p. Values of a
+        point rise with the quantile level. The state given is never changed.
         """
         if patches.dim() != 3 or patches.shape[2] != self.config.patch_length:
             raise ValueError(
@@ -66,8 +66,13 @@ class Forecaster(nn.Module):
 
     def init_state(self, batch: int = 1) -> State:
         """The state before the first patch, for `batch` series."""
-        tokens_seen = torch.zeros(batch, dtype=torch.int64, device=self.head.weight.device)
+        tokens_seen = torch.zeros(batch, dtype=torch.int64, device=self.like.device)
         return State((self.empty_layer(batch),) * self.config.num_hidden_layers, tokens_seen, self.config)
+
+    @property
+    def like(self) -> Tensor:
+        """A parameter, for its dtype and device."""
+        return next(self.parameters())
 
     def fingerprint(self) -> str:
         """Names these weights in state files."""
@@ -83,24 +88,44 @@ class Forecaster(nn.Module):
     def forecast(self, series: Tensor, horizon: int, mode: Literal["stream", "window"] = "stream") -> Tensor:
         """The next `horizon` points of each series [b, l] (or one [l]), as [b, horizon, q] in their units.
 
-        NaN marks missing points; series shorter than others are filled with NaN on the left. "stream" keeps the scale of
-        the history and goes on from its state, so that a patch costs the same however much came before; "window" looks
-        at the last `context_length` points afresh, predictions included, for every step, as Timer does. Raises
+        NaN marks missing points; series shorter than others are filled with NaN on the left. "stream" keeps the scale
+        of the history and goes on from its state, so that a patch costs the same however much came before; "window"
+        looks at the last `context_length` points afresh, predictions included, for every step, as Timer does. Raises
         ValueError for infinite values, a series without any observation, and a horizon below 1.
         """
-        series = check_series(series).to(self.head.weight)
+        series = check_series(series).to(self.like)
         if horizon < 1:
             raise ValueError(f"horizon must be at least 1 point, got {horizon}")
         ahead = self.rolled if mode == "stream" and self.streams else self.slid
         out = series.new_empty(series.shape[0], horizon, self.config.outputs)
         for rows in alike(series, self.config.patch_length):
-            first = int((~series[rows].isnan()).any(dim=0).nonzero()[0])
+            observed = (~series[rows].isnan()).any(dim=0).nonzero()
+            first = int(observed[0]) if len(observed) else 0
             out[rows] = ahead(series[rows][:, first:], horizon)
         return out
 
+    def pairs(self, windows: Tensor, context: int) -> tuple[Tensor, Tensor]:
+        """What is predicted and what came, scaled: [b, n, k, q] and [b, n, k], NaN where the window has no more points.
+
+        Every token after `context` points of the `windows` [b, l] and before says what follows it. The scale is that of
+        the context, as when forecasting; tokens inside the context thereby know its level (timeseries.md 7.3).
+        """
+        scale = self.scale(windows[:, :context])
+        series = scale.into(windows)
+        predicted, _ = self(self.cut(series[:, :context]))
+        tokens, points = predicted.shape[1:3]
+        ends = context - self.config.patch_length * torch.arange(tokens - 1, -1, -1, device=series.device)
+        place = ends[:, None] + torch.arange(points, device=series.device)
+        beyond = max(0, int(place.max()) + 1 - series.shape[1])
+        return predicted, pad(series, (0, beyond), value=math.nan)[:, place]
+
+    def scale(self, history: Tensor) -> Scale:
+        """What the series [b, l] are shifted and divided by before they are read."""
+        return scale_of(history)
+
     def rolled(self, series: Tensor, horizon: int) -> Tensor:
         """`forecast` of series [b, l] of one length in "stream" mode."""
-        scale = scale_of(series)
+        scale = self.scale(series)
         predicted, state = self(self.cut(scale.into(series)))
         pieces = [predicted[:, -1]]
         while sum(piece.shape[1] for piece in pieces) < horizon:
@@ -114,7 +139,7 @@ class Forecaster(nn.Module):
         pieces: list[Tensor] = []
         while sum(piece.shape[1] for piece in pieces) < horizon:
             context = series[:, -self.config.context_length :]
-            scale = scale_of(context)
+            scale = self.scale(context)
             predicted, _ = self(self.cut(scale.into(context)))
             pieces.append(scale.out_of(predicted[:, -1]))
             series = torch.cat([series, middle(pieces[-1], self.config.levels)], dim=1)
@@ -148,7 +173,7 @@ def in_order(raw: Tensor, levels: tuple[float, ...]) -> Tensor:
 
 
 def sinusoid(start: Tensor, count: int, width: int) -> Tensor:
-    """Fixed positions [b, count, width] from `start` [b] on: sines on even channels, cosines on odd ones, base 10000."""
+    """Positions [b, count, width] from `start` [b] on: sines on even channels, cosines on odd ones, base 10000."""
     place = (start[:, None] + torch.arange(count, device=start.device))[..., None]
     frequency = torch.exp(torch.arange(0, width, 2, device=start.device) * (-math.log(10000.0) / width))
     angle = place * frequency
@@ -197,7 +222,7 @@ class Recurrent(Forecaster):
 
 def recurrent_state(model: Forecaster, batch: int) -> LayerState:
     """What an RWKV block remembers before the first patch."""
-    like = model.head.weight
+    like = model.like
     shift = like.new_zeros(batch, model.config.hidden_size)
     wide = torch.promote_types(like.dtype, torch.float32)
     return LayerState(shift, like.new_zeros(batch, *model.config.wkv_shape, dtype=wide), shift)
@@ -382,7 +407,7 @@ class RWKVTS(Recurrent):
         return self.embed(patches.nan_to_num(nan=0.0))
 
     def forward(self, patches: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """What follows the `patches` [b, tokens, p], as [b, 1, horizon, q]: all of a context at once, without a state."""
+        """What follows the `patches` [b, tokens, p] of a whole context, as [b, 1, horizon, q]."""
         expected = [self.config.tokens, self.config.patch_length]
         if state is not None or list(patches.shape[1:]) != expected:
             raise ValueError(f"RWKV-TS reads {expected} patches in one call and takes no state")
