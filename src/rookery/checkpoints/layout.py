@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 
 from rookery.checkpoints.source import Stored
+from rookery.errors import BadCheckpoint
 from rookery.families.layout import Layout, Rule
 
 Change = Callable[[np.ndarray], np.ndarray]
@@ -57,13 +58,29 @@ def from_foreign(layout: Layout, tensors: Mapping[str, Stored]) -> dict[str, Sto
         if rule is None:
             official[name] = tensor
         elif isinstance(rule.official, str):
-            official[_named(rule.official, layer)] = _changed(tensor, _inward(rule))
+            _put(official, _named(rule.official, layer), _changed(tensor, _inward(rule)))
         else:
             parts = min(len(rule.official), tensor.shape[0]) if rule.shorter else len(rule.official)
             for i, part in enumerate(rule.official[:parts]):
                 changes = [*_inward(rule), (True, partial(_row, i=i, of=parts))]
-                official[_named(part, layer)] = _changed(tensor, changes, share=parts)
+                _put(official, _named(part, layer), _changed(tensor, changes, share=parts))
     return official
+
+
+def _put(official: dict[str, Stored], name: str, tensor: Stored) -> None:
+    """Adds a tensor; one that is there already, under another foreign name, must hold the same numbers."""
+    first = official.get(name)
+    if first is None:
+        official[name] = tensor
+        return
+
+    def read() -> np.ndarray:
+        one, other = first.read(), tensor.read()
+        if not np.array_equal(one.reshape(-1), other.reshape(-1), equal_nan=True):
+            raise BadCheckpoint(f"{name} is stored twice, under names of which one is an alias, with different numbers")
+        return one
+
+    official[name] = replace(first, read=read)
 
 
 def to_foreign(layout: Layout, tensors: Mapping[str, Stored]) -> dict[str, Stored]:

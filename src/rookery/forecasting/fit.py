@@ -48,7 +48,7 @@ def fit(
     model: Forecaster,
     train: SeriesWindows,
     validation: SeriesWindows,
-    config: FitConfig = FitConfig(),
+    config: FitConfig,
     report: Callable[[str], None] = lambda line: None,
 ) -> Fitted:
     """Trains `model` in place and leaves it with the weights that predicted the validation windows best.
