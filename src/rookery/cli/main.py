@@ -17,6 +17,7 @@ VERBS = {
     "train": "train a model from a recipe, or go on where it stopped",
     "finetune": "train a model further: adapters, start states, preferences",
     "eval": "measure a model: perplexity and benchmarks",
+    "forecast": "forecast a column of a CSV file",
     "recipes": "list the named training runs",
     "data": "turn texts into tokens for training",
     "reproduce": "try a paper's claim on this machine",

@@ -103,6 +103,19 @@ def _number(text: str, where: str, column: str) -> float:
     return value
 
 
+def future_times(table: Table, horizon: int) -> np.ndarray:
+    """The times of the next rows: months go on by months, everything else by its step; numbers without dates."""
+    if table.times is None or table.step is None:
+        return np.arange(len(table.values), len(table.values) + horizon)
+    ahead, last = np.arange(1, horizon + 1), table.times[-1]
+    season = period_of(table.step)
+    if season in (4, 12):
+        month = last.astype("datetime64[M]")
+        within = last - month.astype("datetime64[s]")
+        return (month + ahead * (12 // season)).astype("datetime64[s]") + within
+    return last + ahead * np.timedelta64(round(table.step), "s")
+
+
 PERIODS = {900: 96, 1800: 48, 3600: 24, 86400: 7, 604800: 52}
 """Seconds between rows -> rows of a season: a day, a week or a year."""
 

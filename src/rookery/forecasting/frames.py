@@ -1,5 +1,6 @@
 """Data frames in long form (item, time, value) as series, and forecasts as data frames."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +79,10 @@ def _item(name: Any, group: Any, time: str, target: str, freq: Any, validate: bo
 
 def _frequency(times: Any, where: str) -> Any:
     pd = pandas()
-    if len(times) >= 3 and (found := pd.infer_freq(times)):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pandas 3 announces that it will give an offset, which will do as well
+        found = pd.infer_freq(times) if len(times) >= 3 else None
+    if found:
         return found
     if len(times) < 2:
         raise ValueError(f"{where}one row says nothing about the time between rows; give freq")

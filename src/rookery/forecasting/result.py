@@ -54,8 +54,9 @@ class Forecast:
         ahead: Any = np.arange(len(self.values))
         if self.index is not None:
             ahead = np.asarray(self.index)
-        step = ahead[1] - ahead[0] if len(ahead) > 1 else 1
-        ax.plot(ahead[0] - step * np.arange(len(before), 0, -1), before, color="0.3", label="history")
+        step = ahead[1] - ahead[0] if len(ahead) > 1 else ahead[0] - ahead[0] + 1
+        past = ahead[0] - step * np.arange(len(before), 0, -1)
+        ax.plot(past, before, color="0.3", label="history")
         for share in sorted(intervals, reverse=True) if self.levels else ():
             low, high = quantiles(self.values, self.levels, [0.5 - share / 2, 0.5 + share / 2]).T
             ax.fill_between(ahead, low, high, color="C0", alpha=0.2, linewidth=0, label=f"{share:.0%}")
