@@ -10,7 +10,7 @@ import torch
 
 from rookery.data.series import SeriesWindows
 from rookery.models.forecast import Forecaster
-from rookery.train.tasks.forecast import Loss, forecast_loss, score
+from rookery.train.tasks.forecast import Loss, forecast_loss, held_out_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def fit(
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
                 optimizer.step()
                 schedule.step()
-            losses.append(validation_loss(model, validation, config.batch_size, kind))
+            losses.append(held_out_loss(model, validation, config.batch_size, kind))
             report(f"epoch {epoch} of {config.epochs}: validation loss {losses[-1]:.4f}")
             if losses[-1] == min(losses):
                 best = copy.deepcopy(model.state_dict())
@@ -93,15 +93,3 @@ def one_cycle(step: int, steps: int, warmup_share: float) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-@torch.no_grad()
-def validation_loss(model: Forecaster, windows: SeriesWindows, batch_size: int, kind: Loss) -> float:
-    """Mean loss of what follows the last token of each window."""
-    model.eval()
-    total = count = 0.0
-    for batch in windows.batches(batch_size):
-        predicted, actual = model.pairs(torch.from_numpy(batch).to(model.like), windows.context)
-        total += float(score(predicted[:, -1], actual[:, -1], model.config.levels, kind)) * len(batch)
-        count += len(batch)
-    return total / count

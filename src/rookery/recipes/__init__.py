@@ -5,11 +5,13 @@ from collections.abc import Callable
 from rookery.errors import unknown
 from rookery.recipes import finetune
 from rookery.recipes.embedded import embedded
+from rookery.recipes.forecast import forecast
 from rookery.recipes.tiny_test import tiny_test
 from rookery.train.config import TrainConfig
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "embedded": embedded,
+    "forecast": forecast,
     "tiny-test": tiny_test,
     "lora": finetune.lora,
     "pissa": finetune.pissa,

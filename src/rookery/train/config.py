@@ -170,6 +170,13 @@ class FinetuneConfig(TrainConfig):
             raise ValueError("a fine-tuning run starts from `base`: leave out `initial` and `overrides`")
 
 
+@dataclass(frozen=True, kw_only=True)
+class SeriesConfig(TrainConfig):
+    """One run of a forecaster. `data.path` is a CSV file, a row of the batch a window of all its channels."""
+
+    task: ClassVar[str] = "rookery.train.tasks.forecast:ForecastTask"
+
+
 def overlay(config: Any, values: dict[str, Any], where: str = "") -> Any:
     """`config` with `values` applied, nested dictionaries going into nested dataclasses.
 

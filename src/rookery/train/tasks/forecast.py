@@ -1,12 +1,17 @@
 """Predict the points that follow each patch of a series."""
 
+from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import huber_loss
 
+from rookery.data.series import SeriesWindows, read_table, scaled, standard_splits
+from rookery.models import create_model, load, save_model
 from rookery.models.forecast import Forecaster, middle
+from rookery.train.config import TrainConfig
 
 Loss = Literal["mse", "mae", "huber", "pinball"]
 
@@ -39,3 +44,85 @@ def score(predicted: Tensor, actual: Tensor, levels: tuple[float, ...], kind: Lo
             kind
         ]
     return losses.sum() / max(1, losses.numel())
+
+
+class ForecastTask:
+    """Windows of the channels of a CSV file under the standard splits; the config's model is a forecaster.
+
+    A window is `context_length` points of the model's config and as many as it predicts at once. Every pass over the
+    windows has an order of its own, a function of the seed alone.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        if not config.data.path:
+            raise ValueError("no series to train on: give data.path, for example --set data.path=ETTh1.csv")
+        self.model = self.trained = starting_forecaster(config)
+        sizes = self.model.config
+        horizon = getattr(sizes, "horizon", sizes.output_patches * sizes.patch_length)
+        table = read_table(config.data.path)
+        splits = standard_splits(table)
+        values = scaled(table, splits).values
+        self.windows = SeriesWindows(values, splits.train, sizes.context_length, horizon)
+        self.held_out = SeriesWindows(values, splits.validation, sizes.context_length, horizon)
+        self.kind: Loss = "pinball" if sizes.levels else "mse"
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def batch(self, step: int) -> Tensor:
+        """Windows [batch_size · channels, points] of `step`."""
+        self.step = step
+        places = (step - 1) * self.config.batch_size + np.arange(self.config.batch_size)
+        return torch.from_numpy(self.windows.take(np.array([self.number(int(place)) for place in places])))
+
+    def number(self, place: int) -> int:
+        """The window that comes at a place of the run."""
+        epoch, within = divmod(place, len(self.windows))
+        if self._order[0] != epoch:
+            generator = np.random.Generator(np.random.Philox(key=self.config.seed, counter=epoch))
+            self._order = (epoch, generator.permutation(len(self.windows)))
+        return int(self._order[1][within])
+
+    def tokens(self, batch: Tensor) -> int:
+        return batch.shape[0] * (self.windows.context // self.model.config.patch_length)
+
+    def loss(self, batch: Tensor) -> dict[str, Tensor]:
+        self.model.train()
+        with torch.random.fork_rng():  # dropout is a function of the step, so that a resumed run is exact
+            torch.manual_seed(self.config.seed * 1_000_003 + self.step)
+            return {"loss": forecast_loss(self.model, batch.to(self.model.like), self.windows.context, self.kind)}
+
+    def ready(self, out: Path) -> None:
+        pass
+
+    def after_step(self) -> None:
+        pass
+
+    def validate(self) -> dict[str, float]:
+        """Loss of what follows the last token of each held-out window."""
+        return {"validation_loss": held_out_loss(self.model, self.held_out, self.config.batch_size, self.kind)}
+
+    def export(self, out: Path) -> None:
+        save_model(self.model, out / "model.safetensors")
+
+
+def starting_forecaster(config: TrainConfig) -> Forecaster:
+    """The model before the first step, in float32; ValueError where the config names another kind of model."""
+    if config.initial:
+        model = load(config.initial, dtype=torch.float32)
+    else:
+        model = create_model(config.model, seed=config.seed, **config.overrides)
+    if not isinstance(model, Forecaster):
+        raise ValueError(f"{config.initial or config.model!r} is no forecaster; rimer, timer, rwkv-ts and dlinear are")
+    return model
+
+
+@torch.no_grad()
+def held_out_loss(model: Forecaster, windows: SeriesWindows, batch_size: int, kind: Loss) -> float:
+    """Mean loss of what follows the last token of each window."""
+    model.eval()
+    total = count = 0.0
+    for batch in windows.batches(batch_size):
+        predicted, actual = model.pairs(torch.from_numpy(batch).to(model.like), windows.context)
+        total += float(score(predicted[:, -1], actual[:, -1], model.config.levels, kind)) * len(batch)
+        count += len(batch)
+    return total / count
