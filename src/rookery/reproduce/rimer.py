@@ -72,17 +72,20 @@ def rows(work: Work, name: str, path: Path, horizon: int) -> list[dict[str, Any]
             model: evaluate(model, path, LOOKBACK, horizon) for model in ("persistence", "seasonal-naive", "profile")
         },
     )
-    found = [
+    place = {"set": name, "horizon": horizon}
+    found: list[dict[str, Any]] = [
         {
-            "set": name,
-            "horizon": horizon,
+            **place,
             "model": model,
             "baseline": False,
             "parameters": 0,
-            "mse": r["mse"],
-            "mae": r["mae"],
+            "mse": result["mse"],
+            "mse ±": None,
+            "mae": result["mae"],
+            "mae ±": None,
+            "seconds an epoch": None,
         }
-        for model, r in naive.items()
+        for model, result in naive.items()
     ]
     for arm in arms(horizon):
         runs = [
@@ -90,8 +93,7 @@ def rows(work: Work, name: str, path: Path, horizon: int) -> list[dict[str, Any]
         ]
         found.append(
             {
-                "set": name,
-                "horizon": horizon,
+                **place,
                 "model": arm.name,
                 "baseline": arm.baseline,
                 "parameters": parameters(arm.model, arm.overrides),
@@ -241,7 +243,7 @@ def draw(figure: "Figure", table: list[dict[str, Any]], streams: dict[str, list[
     errors, size, speed = figure.subplots(1, 3)
     first = [row for row in table if (row["set"], row["horizon"]) == (table[0]["set"], table[0]["horizon"])]
     for number, row in enumerate(reversed(first)):
-        errors.barh(row["model"], row["mse"], xerr=row.get("mse ±"), color="C0" if row["model"] == "rimer" else "0.7")
+        errors.barh(row["model"], row["mse"], xerr=row["mse ±"], color="C0" if row["model"] == "rimer" else "0.7")
         errors.text(row["mse"], number, f" {row['mse']:.3f}", va="center", fontsize=8)
     errors.set(xlabel="test MSE", title=f"{first[0]['set']}, horizon {first[0]['horizon']}")
     errors.set_xlim(right=1.15 * max(row["mse"] for row in first))

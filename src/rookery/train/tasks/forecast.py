@@ -58,6 +58,7 @@ class ForecastTask:
         if not config.data.path:
             raise ValueError("no series to train on: give data.path, for example --set data.path=ETTh1.csv")
         self.model = self.trained = starting_forecaster(config)
+        self.dtype = getattr(torch, config.dtype)
         sizes = self.model.config
         horizon = getattr(sizes, "horizon", sizes.output_patches * sizes.patch_length)
         table = read_table(config.data.path)
