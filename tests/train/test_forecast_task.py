@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def config(tmp_path):
 
 
 def metrics(config):
-    return [json.loads(line) for line in open(f"{config.out}/metrics.jsonl").read().splitlines()]
+    return [json.loads(line) for line in Path(config.out, "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_recipe_trains_a_forecaster_that_can_be_used(config):
