@@ -1,0 +1,60 @@
+"""The hourly set of the M4 competition (Makridakis et al. 2020): one row a series, the next 48 hours in a second file."""
+
+import csv
+import os
+from pathlib import Path
+
+import numpy as np
+
+from rookery.evaluate.forecasting import CanForecast, predictor, resolved
+
+PERIOD, HORIZON = 24, 48
+NAIVE2 = {"smape": 18.383, "mase": 2.395}
+"""Errors of the competition's benchmark on the hourly series, as published; OWA is relative to it."""
+
+
+def read_m4(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Series by name, each without the empty cells at its end; ValueError names a row that holds no numbers."""
+    found = {}
+    with Path(path).open(encoding="utf-8", newline="") as file:
+        rows = csv.reader(file)
+        next(rows, None)
+        for number, (name, *cells) in enumerate(rows, 2):
+            try:
+                found[name] = np.array([float(cell) for cell in cells if cell], np.float64)
+            except ValueError:
+                raise ValueError(f"{path}, line {number} ({name}): a value is no number") from None
+    if not found:
+        raise ValueError(f"{path}: no series; expected a header and one row for each")
+    return found
+
+
+def evaluate_m4(
+    model: CanForecast | str,
+    train_csv: str | os.PathLike[str],
+    test_csv: str | os.PathLike[str],
+    *,
+    lookback: int = 480,
+) -> dict[str, float]:
+    """sMAPE (in %), MASE and OWA of a forecaster (see `evaluate`) on the hourly series, and their number.
+
+    The model sees the last `lookback` hours of each series. MASE is scaled by the seasonal naive error inside the
+    training part, OWA is the mean of both errors relative to the competition's Naive2.
+    """
+    train, test = read_m4(train_csv), read_m4(test_csv)
+    if train.keys() != test.keys():
+        odd = sorted(train.keys() ^ test.keys())
+        raise ValueError(f"series {odd[0]!r} is in one of the two files only")
+    predict = predictor(resolved(model), HORIZON, PERIOD)
+    rows = np.full((len(train), lookback), np.nan, np.float32)
+    for row, series in zip(rows, train.values()):
+        row[lookback - min(lookback, len(series)) :] = series[-lookback:]
+    found = predict(rows)
+    centre = found[..., found.shape[-1] // 2].astype(np.float64)
+    smape, mase = [], []
+    for predicted, series, actual in zip(centre, train.values(), test.values()):
+        error = np.abs(predicted - actual)
+        smape.append(np.mean(2 * error / (np.abs(predicted) + np.abs(actual))))
+        mase.append(error.mean() / np.abs(series[PERIOD:] - series[:-PERIOD]).mean())
+    means = {"smape": 100 * float(np.mean(smape)), "mase": float(np.mean(mase))}
+    return {**means, "owa": float(np.mean([means[key] / NAIVE2[key] for key in NAIVE2])), "series": len(train)}
