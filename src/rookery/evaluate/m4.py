@@ -1,4 +1,4 @@
-"""The hourly set of the M4 competition (Makridakis et al. 2020): one row a series, the next 48 hours in a second file."""
+"""The hourly set of the M4 competition (Makridakis et al. 2020): a row a series, the next 48 hours in a second file."""
 
 import csv
 import os
