@@ -94,6 +94,7 @@ def evaluate(
     sums = Sums(levels_of(model))
     predict = predictor(model, horizon, period)
     for batch in windows.batches(batch_size):
+        batch = batch[~np.isnan(batch[:, :lookback]).all(axis=1)]  # nothing follows from nothing
         sums.add(predict(batch[:, :lookback]), batch[:, lookback:])
     naive = naive_error(table.values[splits.train.start : splits.train.stop], period)
     return {
