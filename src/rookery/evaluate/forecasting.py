@@ -115,7 +115,7 @@ def resolved(model: CanForecast | str) -> CanForecast | str:
         raise unknown(
             "forecaster", model, BASELINES, "a path of a trained one, or `rookery.evaluate.forecasting.BASELINES`"
         )
-    return load(model).eval()
+    return load(model, dtype=torch.float32).eval()  # values have more digits than bfloat16
 
 
 def levels_of(model: CanForecast | str) -> tuple[float, ...]:

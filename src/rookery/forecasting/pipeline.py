@@ -36,7 +36,7 @@ class ForecastPipeline:
     def from_pretrained(path: str | os.PathLike[str] | None = None) -> ForecastPipeline:
         """The pipeline in a file, in a folder that `save` wrote, or (without a path) the one that is shipped."""
         path = Path(SHIPPED if path is None else path)
-        model = load(path / "model.safetensors" if path.is_dir() else path)
+        model = load(path / "model.safetensors" if path.is_dir() else path, dtype=torch.float32)
         if not isinstance(model, Forecaster):
             raise ValueError(f"{str(path)!r} is a {model.family} model, not a forecaster")
         return ForecastPipeline(model)
