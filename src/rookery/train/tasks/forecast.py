@@ -12,6 +12,7 @@ from rookery.data.series import SeriesWindows, read_table, scaled, standard_spli
 from rookery.models import create_model, load, save_model
 from rookery.models.forecast import Forecaster, middle
 from rookery.train.config import TrainConfig
+from rookery.train.tasks.base import Task
 
 Loss = Literal["mse", "mae", "huber", "pinball"]
 
@@ -46,7 +47,7 @@ def score(predicted: Tensor, actual: Tensor, levels: tuple[float, ...], kind: Lo
     return losses.sum() / max(1, losses.numel())
 
 
-class ForecastTask:
+class ForecastTask(Task):
     """Windows of the channels of a CSV file under the standard splits; the config's model is a forecaster.
 
     A window is `context_length` points of the model's config and as many as it predicts at once. Every pass over the
@@ -92,11 +93,11 @@ class ForecastTask:
             torch.manual_seed(self.config.seed * 1_000_003 + self.step)
             return {"loss": forecast_loss(self.model, batch.to(self.model.like), self.windows.context, self.kind)}
 
-    def ready(self, out: Path) -> None:
-        pass
-
-    def after_step(self) -> None:
-        pass
+    def split(self, batch: Tensor, parts: int) -> list[tuple[Tensor, float]]:
+        """Parts of equally many series. With missing targets the sum weighs series by parts, not by targets."""
+        if len(batch) % parts:
+            raise ValueError(f"{len(batch)} series (batch_size × channels) cannot be divided among {parts} parts")
+        return [(piece, 1 / parts) for piece in batch.chunk(parts)]
 
     def validate(self) -> dict[str, float]:
         """Loss of what follows the last token of each held-out window."""
