@@ -67,6 +67,7 @@ def test_operators_can_be_imported_without_triton_and_do_not_import_it():
         for op in OPERATORS
         for dtype in (torch.float32, torch.bfloat16, torch.float16)
         for number, case in enumerate(contract.cases_of(op).CASES)
+        if getattr(case, "compat", "exact") == "exact"  # only the definition computes bi_wkv's other variant
     ],
 )
 def test_kernels_agree_with_the_definitions_on_a_gpu(op, case, dtype):

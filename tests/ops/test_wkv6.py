@@ -131,8 +131,8 @@ def test_65536_tokens_in_float32_are_those_in_float64(decay):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("decay", [(-12.0, -7.0), (0.0, 8.0)], ids=["slow", "to nothing"])
-def test_65536_tokens_with_one_decay_in_float32_are_those_in_float64(decay):
+@pytest.mark.parametrize(("decay", "bound"), [((-12.0, -7.0), 1e-3), ((0.0, 8.0), 5e-6)], ids=["slow", "to nothing"])
+def test_65536_tokens_with_one_decay_in_float32_are_those_in_float64(decay, bound):
     case = Case(batch=1, time=65536, heads=1, key=64, value=64, decay=decay)
     call = contract.differentiable(contract.arguments_of("wkv5", case, torch.float32))
     want = grads_of({name: x.double() for name, x in call.items()}, OP5.backends["chunked"].run)
@@ -141,4 +141,5 @@ def test_65536_tokens_with_one_decay_in_float32_are_those_in_float64(decay):
             got = grads_of(call, backend.run)
             for name, x in want.items():
                 error = (got[name].double() - x).norm() / x.norm()
-                assert error < 5e-6, f"{backend.name}: {name} {error}"
+                # the same decay is rounded to float32 in the same direction at every token
+                assert error < bound, f"{backend.name}: {name} {error}"

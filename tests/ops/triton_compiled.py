@@ -17,6 +17,7 @@ SHARED_MEMORY = 232448
 CALLS = [
     *[(op, contract.cases_of(op).CASES[0]) for op in ("relu_squared", "token_shift", "wkv7_inputs", "wkv7_output")],
     ("token_shift", ShiftCase(batch=1, time=9, lengths=(4, 5))),
+    ("bi_wkv", contract.cases_of("bi_wkv").CASES[0]),
     *[("wkv4", contract.cases_of("wkv4").CASES[number]) for number in (0, 12)],
     *[(op, contract.cases_of("wkv6").Case(key=64, value=64)) for op in ("wkv5", "wkv6")],
     *[("wkv6", contract.cases_of("wkv6").Case(key=128, value=128))],

@@ -14,13 +14,14 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from rookery.ops.bi_wkv import chunked, cumsum, native, reference
+from rookery.ops.bi_wkv import chunked, cumsum, native, reference, triton
 from rookery.ops.dispatch import Backend, Op
 
 OP = Op(
     "bi_wkv",
     [
         Backend("native", native.bi_wkv, native.why_not),
+        Backend("triton", triton.bi_wkv, triton.why_not),
         Backend("cumsum", cumsum.bi_wkv, cumsum.why_not),
         Backend("chunked", chunked.bi_wkv, chunked.why_not),
         Backend("reference", reference.bi_wkv),
