@@ -5,8 +5,8 @@
 3. `token_sums`: over all before each token; `output`: those after each token, and the averages.
 
 Backward, what the outputs after a token say to its key and value is a sum of the same form, from the end, and so is
-what those before it say. With A, B the sums before a token, A', B' after it, g = dy / denominator, p the token's own share
-of it, and dA, dB summed over the outputs after the token, dA', dB' before it:
+what those before it say. With A, B the sums before a token, A', B' after it, g = dy / denominator, p the token's own
+share of it, and dA, dB summed over the outputs after the token, dA', dB' before it:
 
     dv = p dy + e^k (dA + dA')        dk = p dy (v − y) + e^k ((dA + dA') v + dB + dB')        dμ = Σ p dy (v − y)
     dω = −Σ e^−ω (A dA + B dB + A' dA' + B' dB')
