@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := torch
 
-.PHONY: help demo test lint docs budget bench-train sanitize test-arm clean
+.PHONY: help demo test lint docs budget bench-train bench-inference sanitize test-arm clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -50,6 +50,10 @@ test-arm: $(VENV)/.built ## the same tests for 64-bit ARM, in an emulator (Debia
 		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static
 	$(BIN)/cmake --build build/arm
 	qemu-aarch64 -cpu max build/arm/native_tests
+
+# make bench-inference LLAMA_BIN=/path/to/llama.cpp/build/bin BENCH="--rwkv --rounds 5" compares with others
+bench-inference: $(VENV)/.built ## decode, prefill, batches, start, memory; LLAMA_BIN=DIR compares with llama.cpp
+	$(BIN)/python benchmarks/inference.py --save $(if $(LLAMA_BIN),--llama-bin $(LLAMA_BIN)) $(BENCH)
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build site src/rookery/_native*.so
