@@ -53,7 +53,7 @@ class StartState(nn.Module):
 
     def forward(self, rows: int = 1) -> State:
         """The state of `rows` texts before their first token; gradients of all rows add up in the parameters."""
-        fresh = self.fresh[0]
+        fresh = self.fresh[0].to(self.wkv[0].device)  # which this module may have been moved to
         tensors = {}
         for name, tensor in fresh.tensors().items():
             _, layer, field = name.split(".")

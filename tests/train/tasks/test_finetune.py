@@ -127,6 +127,30 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path, method, dty
     assert [row["loss"] for row in rows(config)] == [row["loss"] for row in rows(whole)]
 
 
+@pytest.mark.parametrize("learn", ["sft", "dpo"])
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_parts_of_a_step_add_up_to_it(config, learn, parts, tmp_path):
+    data = {} if learn == "sft" else {"path": str(tmp_path / "pairs.jsonl")}
+    run = prepare(overlay(config, {"learn": learn, "data": data}))
+    (out := Path(config.out)).mkdir(exist_ok=True)
+    run.task.ready(out)
+    with torch.no_grad():
+        for parameter in run.task.trained.parameters():
+            parameter.add_(0.01)
+    batch = run.task.batch(1)
+    pieces = run.task.split(batch, parts)
+    assert len(pieces) == parts
+    assert sum(weight for _, weight in pieces) == pytest.approx(1)
+    total = sum(weight * run.task.loss(piece)["loss"].detach() for piece, weight in pieces)
+    torch.testing.assert_close(total, run.task.loss(batch)["loss"].detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_orpo_cannot_be_cut(config, tmp_path):
+    config = overlay(config, {"learn": "orpo", "data": {"path": str(tmp_path / "pairs.jsonl")}, "accumulate": 2})
+    with pytest.raises(ValueError, match="ORPO's loss cannot be added up from parts"):
+        train(config)
+
+
 def test_a_text_is_learned_in_pieces(config, tmp_path):
     (tmp_path / "book.txt").write_text("To be, or not to be: that is the question. " * 9)
     config = overlay(config, {"data": {"path": str(tmp_path / "book.txt"), "validation_share": 0.0}})

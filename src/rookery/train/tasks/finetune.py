@@ -22,6 +22,7 @@ from rookery.engine.llm import EMBEDDED
 from rookery.models import load, save_model
 from rookery.tokenizers.pairing import resolve
 from rookery.train.config import FinetuneConfig
+from rookery.train.parallel import moved
 from rookery.train.tasks.base import Task
 from rookery.train.tasks.language import save_tokenizer
 from rookery.train.tasks.preference import (
@@ -127,9 +128,20 @@ class FinetuneTask(Task):
         return Chosen(_packed([self.documents[i] for i in indices]), indices)
 
     def split(self, batch: Chosen, parts: int) -> list[tuple[Chosen, float]]:
-        if self.config.learn == "sft":
+        """Whole documents in each part. ORPO's loss is no sum over documents: ValueError."""
+        learn = self.config.learn
+        if learn == "sft":
             return [(Chosen(part, batch.indices), weight) for part, weight in parted(batch.packed, parts)]
-        return super().split(batch, parts)
+        if learn == "orpo" and parts > 1:
+            raise ValueError("ORPO's loss cannot be added up from parts: use accumulate=1 and one process")
+        if len(batch.indices) < parts:
+            raise ValueError(f"a step of {len(batch.indices)} pairs cannot be divided among {parts} parts")
+        pieces = [Chosen(_packed([self.documents[i] for i in of]), of) for of in np.array_split(batch.indices, parts)]
+        return [(piece, len(piece.indices) / len(batch.indices)) for piece in pieces]
+
+    def _weight(self, packed: PackedBatch, documents: int) -> int:
+        """What a mean loss is a mean over: learned tokens, or pairs."""
+        return int((packed.targets != IGNORED).sum()) if self.config.learn == "sft" else documents
 
     def tokens(self, batch: Chosen) -> int:
         return batch.packed.inputs.numel()
@@ -161,8 +173,9 @@ class FinetuneTask(Task):
             indices = packs.indices(step)
             some = [self.held_out[i] for i in indices]
             packed = _packed(some)
-            found = self.loss(Chosen(packed, indices + len(self.documents)))
-            weight = int((packed.targets != IGNORED).sum()) if self.config.learn == "sft" else len(some)
+            here = moved(Chosen(packed, indices + len(self.documents)), next(self.model.parameters()).device)
+            found = self.loss(here)
+            weight = self._weight(packed, len(some))
             totals = {name: totals.get(name, 0.0) + weight * float(value) for name, value in found.items()}
             weights += weight
             seen += len(some)

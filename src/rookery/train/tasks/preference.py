@@ -20,6 +20,7 @@ from rookery.data.packing import IGNORED, PackedBatch, collate
 from rookery.nn.language_model import LanguageModel
 from rookery.ops.linear_cross_entropy import linear_cross_entropy
 from rookery.state import State
+from rookery.train.parallel import moved
 
 Start = Callable[[int], State]
 
@@ -109,8 +110,10 @@ class References:
             with safe_open(path, framework="pt") as file:
                 if (file.metadata() or {}).get("key") == key:
                     return References(file.get_tensor("log_probs"))
+        device = next(model.parameters()).device
         with torch.no_grad():
-            rows = [document_log_probs(model, collate_pairs([pair]), start)[0] for pair in pairs]
+            packed = (moved(collate_pairs([pair]), device) for pair in pairs)
+            rows = [document_log_probs(model, batch, start)[0] for batch in packed]
         found = torch.stack(rows).float().cpu()
         with replacing(path) as temporary:
             save_file({"log_probs": found}, temporary, metadata={"key": key})
