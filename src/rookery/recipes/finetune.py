@@ -59,7 +59,7 @@ def shakespeare_lora() -> FinetuneConfig:
 
 def shakespeare_state() -> FinetuneConfig:
     """The embedded model's start state learns Shakespeare's plays; give data.path=tinyshakespeare.txt."""
-    return _shakespeare(AdaptConfig(method="state"), OptimConfig(lr=0.3, final_lr=0.01), steps=160)
+    return _shakespeare(AdaptConfig(method="state"), OptimConfig(lr=1.0, final_lr=0.01), steps=160)
 
 
 def _shakespeare(adapt: AdaptConfig, optim: OptimConfig, steps: int) -> FinetuneConfig:
