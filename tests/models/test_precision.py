@@ -15,8 +15,8 @@ TABLE = {
 }
 
 
-def test_the_page_has_every_family_of_language_models():
-    assert set(TABLE) == set(language.names())
+def test_the_page_has_every_family_of_rwkv_and_none_that_is_not_there():
+    assert {name for name in language.names() if re.match(r"rwkv\d|rosa", name)} <= set(TABLE) <= set(language.names())
 
 
 @torch.no_grad()
