@@ -67,6 +67,35 @@ def test_llama_cpp_runs_our_files_with_our_logits(tmp_path, family, dtype):
     peer.close()
 
 
+@pytest.mark.parametrize("cut", ["qwen2", "llama-bpe", "gpt-2"])
+def test_llama_cpp_cuts_texts_as_the_tokenizer_does(tmp_path, cut):
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from rookery.tokenizers.gguf_bpe import CUTS
+
+    made = Tokenizer(models.BPE())
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=CUTS[cut] is None)
+    split = [] if CUTS[cut] is None else [pre_tokenizers.Split(Regex(CUTS[cut]), "isolated")]
+    made.pre_tokenizer = pre_tokenizers.Sequence([*split, level]) if split else level
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        ["Hello world, it's 12345.\n\n you're here"] * 9,
+        trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False),
+    )
+    made.add_special_tokens(["<|endoftext|>"])
+    (tmp_path / "source").mkdir()
+    made.save(str(tmp_path / "source" / "tokenizer.json"))
+    model = randomised("arwkv-test", dtype=torch.float32, vocab_size=352, **SIZES | {"num_hidden_layers": 2})
+    save_model(model, tmp_path / "source" / "model.safetensors")
+    convert(tmp_path / "source", tmp_path / "m.gguf")
+    peer = llama(tmp_path / "m.gguf")
+    for text in ("Hello world, it's 12345.\n\n you're  here", "été 你好 12", "a  b\n c<|endoftext|>d"):
+        assert peer.tokenize(text.encode(), add_bos=False, special=True) == made.encode(text).ids
+    assert peer.token_eos() == made.token_to_id("<|endoftext|>")
+    peer.close()
+
+
 @pytest.mark.parametrize(("family", "to"), [("rwkv6", "hf"), ("rwkv7", "fla")])
 def test_files_of_its_converter_load_here(tmp_path, family, to):
     script = shutil.which("convert_hf_to_gguf.py")

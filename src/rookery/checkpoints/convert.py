@@ -358,16 +358,19 @@ def _as_rwkv_cpp(name: str, tensor: Stored, job: _Job) -> Stored:
 
 def _gguf(job: _Job) -> tuple[str, ...]:
     from rookery.checkpoints.gguf_writer import write_gguf
+    from rookery.tokenizers.pairing import NAMES
 
     family, config = job.checkpoint.family, job.checkpoint.config
     foreign = to_foreign(family.layouts["gguf"], job.tensors)
     if job.dtype == "float16":
         foreign = job.typed(foreign)
-    pieces = _pieces(job.tokenizer)
-    metadata, beside = _with_tokenizer(job) if pieces is None else (job.metadata, ())
-    if pieces is not None and job.tokenizer.name in ("world", "bytes"):
+    pieces, bpe = _pieces(job.tokenizer), _bpe(job.tokenizer, config.vocab_size)
+    carried = pieces is not None or bpe is not None
+    metadata, beside = (job.metadata, ()) if carried else _with_tokenizer(job)
+    if carried and job.tokenizer.name in NAMES:
         metadata = metadata | {"tokenizer": job.tokenizer.name}
-    write_gguf(job.path, foreign, family=family.name, config=config, dtype=job.dtype, pieces=pieces, metadata=metadata)
+    options = {"family": family.name, "config": config, "dtype": job.dtype, "pieces": pieces, "bpe": bpe}
+    write_gguf(job.path, foreign, metadata=metadata, **options)
     return beside
 
 
@@ -379,6 +382,15 @@ def _pieces(tokenizer: Any) -> dict[int, bytes] | None:
     if isinstance(tokenizer, ByteTokenizer):
         return {i: bytes([i]) for i in range(1, 256)}
     return tokenizer.pieces if isinstance(tokenizer, TrieTokenizer) else None
+
+
+def _bpe(tokenizer: Any, vocab_size: int) -> dict[str, Any] | None:
+    """The vocabulary as llama.cpp's "gpt2" tokenizer has it, where it is a byte-level BPE that it knows."""
+    if not hasattr(tokenizer, "to_json"):
+        return None
+    from rookery.tokenizers.gguf_bpe import to_gguf
+
+    return to_gguf(tokenizer, vocab_size)
 
 
 def _folder(layout: str, job: _Job) -> tuple[str, ...]:

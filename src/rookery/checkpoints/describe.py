@@ -28,6 +28,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         sizes[tensor.encoding] += tensor.nbytes
     states = states_among(checkpoint.kept)
     own = {"format", "rookery", "family", "config", "fingerprint", "tokenizer", "tokenizer.ggml.tokens"}
+    own |= {"tokenizer.ggml.merges", "tokenizer.ggml.token_type"}
     return {
         "path": checkpoint.path,
         "format": checkpoint.format,

@@ -194,6 +194,9 @@ def _metadata(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
         metadata["tokenizer.ggml.tokens"] = [
             token.encode("utf-8", "surrogateescape") for token in settings["tokenizer.ggml.tokens"]
         ]
+    if isinstance(settings.get("tokenizer.ggml.merges"), list):
+        metadata["tokenizer.ggml.merges"] = settings["tokenizer.ggml.merges"]
+        metadata["tokenizer.ggml.token_type"] = np.asarray(settings.get("tokenizer.ggml.token_type", [])).tolist()
     if OURS in settings:
         try:
             ours = json.loads(settings[OURS])

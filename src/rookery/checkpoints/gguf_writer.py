@@ -38,10 +38,12 @@ def write_gguf(
     dtype: str | None,
     pieces: Mapping[int, bytes] | None,
     metadata: Mapping[str, str],
+    bpe: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes `tensors` (llama.cpp's names); matrices become `dtype`, one of TYPES, or keep their own.
 
-    `pieces` is the vocabulary by id, None if there is none of that kind; `metadata` is kept under a key of our own.
+    `pieces` is the vocabulary by id, None if there is none of that kind; `bpe` one of the other kind that llama.cpp
+    has (`tokenizers.gguf_bpe`); `metadata` is kept under a key of our own.
     """
     from gguf import GGUFWriter
 
@@ -49,7 +51,10 @@ def write_gguf(
     kinds = {name: _kind(name, tensor, dtype) for name, tensor in tensors.items()}
     writer = GGUFWriter(None, next(name for name, known in ARCHITECTURES.items() if known == family))
     _describe(writer, family, config, tensors, kinds)
-    _vocabulary(writer, pieces, config.vocab_size)
+    if bpe is not None:
+        _merging_vocabulary(writer, bpe)
+    else:
+        _vocabulary(writer, pieces, config.vocab_size)
     writer.add_string(OURS, json.dumps(dict(metadata)))
     writer.add_name(metadata.get("general.name") or os.path.splitext(os.path.basename(os.fspath(path)))[0])
     for name, tensor in tensors.items():
@@ -163,3 +168,13 @@ def _vocabulary(writer: Any, pieces: Mapping[int, bytes] | None, vocab_size: int
     if pieces.get(END_OF_TURN) == b"\n\n":
         writer.add_eot_token_id(END_OF_TURN)
         writer.add_chat_template("rwkv-world")
+
+
+def _merging_vocabulary(writer: Any, bpe: Mapping[str, Any]) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(bpe["pre"])
+    writer.add_token_list(bpe["tokens"])
+    writer.add_token_types(bpe["types"])
+    writer.add_token_merges(bpe["merges"])
+    writer.add_eos_token_id(bpe["eos"])
+    writer.add_add_bos_token(False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rookery.engine.sampling import log_softmax
-from rookery.engine.session import END_OF_TEXT, Session
+from rookery.engine.session import Session
 
 if TYPE_CHECKING:
     from rookery.engine.llm import LLM
@@ -55,13 +55,13 @@ def beam_search(
         return logprob / max(1, length) ** length_penalty
 
     states, texts, totals = [at.state], [()], np.zeros(1)
-    logprobs, done = log_softmax(at.logits[None]), []
+    logprobs, done, end = log_softmax(at.logits[None]), [], llm.end_of_text
     for length in range(1, max_tokens + 1):
         parents, tokens, values = _best(totals[:, None] + logprobs, 2 * beams)
-        going = [i for i in range(len(tokens)) if tokens[i] != END_OF_TEXT][:beams]
+        going = [i for i in range(len(tokens)) if tokens[i] != end][:beams]
         for i in range(len(tokens)):
             # an end counts only among the best, or short texts would win by being many
-            if tokens[i] == END_OF_TEXT and i < beams:
+            if tokens[i] == end and i < beams:
                 done.append((score(values[i], length), Beam(texts[parents[i]], float(values[i]), True)))
         texts = [(*texts[parents[i]], int(tokens[i])) for i in going]
         totals = values[going]

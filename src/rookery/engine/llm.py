@@ -14,7 +14,8 @@ import numpy as np
 
 from rookery.checkpoints.pack import FORMATS
 from rookery.engine.session import CHUNK, END_OF_TEXT, Session
-from rookery.errors import BackendUnavailable, BadCheckpoint, MissingDependency, UnknownName
+from rookery.errors import BackendUnavailable, BadCheckpoint, BadTokenizer, MissingDependency, UnknownName
+from rookery.registry import families
 
 if TYPE_CHECKING:
     from rookery.checkpoints.checkpoint import Checkpoint
@@ -115,11 +116,22 @@ class LLM:
         return resolve(self._tokenizer, path=self.path, vocab_size=vocab_size, metadata=self._metadata)
 
     @cached_property
+    def end_of_text(self) -> int:
+        """The token that ends a text: 0 in all RWKV vocabularies, the tokenizer's own for converted transformers."""
+        family = families().get(self.runner.family)
+        if family is None or family.fingerprinted[0] != "model.embed_tokens.weight":
+            return END_OF_TEXT
+        try:
+            return self.tokenizer.eos_id
+        except (BadTokenizer, MissingDependency):  # token ids work without one
+            return END_OF_TEXT
+
+    @cached_property
     def guide(self) -> Guide:
         """What constrained texts need to know of the tokenizer."""
         from rookery.engine.grammar import Guide
 
-        return Guide(self.tokenizer, self.runner.config.vocab_size, END_OF_TEXT)
+        return Guide(self.tokenizer, self.runner.config.vocab_size, self.end_of_text)
 
     @cached_property
     def template(self) -> ChatTemplate:

@@ -113,7 +113,7 @@ class Order:
             max_tokens=max_tokens,
             sampling=how,
             seed=int.from_bytes(os.urandom(8), "little") if seed is None else seed,
-            ends=frozenset() if ignore_eos else frozenset({END_OF_TEXT}),
+            ends=frozenset() if ignore_eos else frozenset({llm.end_of_text}),
             stop=stop,
             grammar=grammar,
             logprobs=logprobs,

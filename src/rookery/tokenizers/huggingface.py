@@ -20,21 +20,37 @@ class HuggingFaceTokenizer:
     """
 
     def __init__(self, path: str | os.PathLike[str], name: str | None = None) -> None:
+        path = Path(path)
+        _package()
         try:
-            from tokenizers import Tokenizer
-        except ImportError as error:
-            raise MissingDependency("reading tokenizer.json needs `pip install tokenizers`.") from error
-        self.path = Path(path)
-        self.name = name or self.path.name
-        try:
-            self._tokenizer = Tokenizer.from_str(self.path.read_text(encoding="utf-8"))
+            content = path.read_bytes()
         except OSError as error:
-            raise BadTokenizer(f"cannot read the tokenizer {str(self.path)!r}: {error.strerror}.") from error
+            raise BadTokenizer(f"cannot read the tokenizer {str(path)!r}: {error.strerror}.") from error
+        self._read(content, name or path.name, str(path))
+
+    @classmethod
+    def from_json(cls, text: str, name: str, eos_id: int | None = None) -> "HuggingFaceTokenizer":
+        """The tokenizer that the contents of a `tokenizer.json` describe; `eos_id` where these do not tell it."""
+        tokenizer = cls.__new__(cls)
+        tokenizer._read(text.encode("utf-8"), name, name)
+        if eos_id is not None:
+            tokenizer.eos_id = eos_id
+        return tokenizer
+
+    def to_json(self) -> str:
+        """The contents of a `tokenizer.json`."""
+        return self._tokenizer.to_str()
+
+    def _read(self, content: bytes, name: str, where: str) -> None:
+        package = _package()
+        self.name = name
+        try:
+            self._tokenizer = package.Tokenizer.from_str(content.decode("utf-8"))
         except Exception as error:  # the package raises Exception itself
-            raise BadTokenizer(f"{str(self.path)!r} is not a tokenizer.json: {error}.") from error
+            raise BadTokenizer(f"{where!r} is not a tokenizer.json: {error}.") from error
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         if not vocabulary:
-            raise BadTokenizer(f"{str(self.path)!r} has no tokens.")
+            raise BadTokenizer(f"{where!r} has no tokens.")
         self._texts = {index: text for text, index in vocabulary.items()}
         self.vocab_size = max(self._texts) + 1
         self.eos_id = next((vocabulary[end] for end in _ENDS if end in vocabulary), 0)
@@ -81,7 +97,7 @@ class HuggingFaceTokenizer:
         from rookery.checkpoints.atomic import replacing
 
         with replacing(path) as temporary:
-            temporary.write_text(self._tokenizer.to_str(), encoding="utf-8")
+            temporary.write_text(self.to_json(), encoding="utf-8")
 
     def _checked(self, ids: Iterable[int]) -> list[int]:
         ids = [int(index) for index in ids]
@@ -91,6 +107,14 @@ class HuggingFaceTokenizer:
                     f"token {index} is unknown to the tokenizer {self.name!r}, whose ids end at {self.vocab_size - 1}."
                 )
         return ids
+
+
+def _package() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise MissingDependency("reading tokenizer.json needs `pip install tokenizers`.") from error
+    return tokenizers
 
 
 class _WordStream(StreamDecoder):

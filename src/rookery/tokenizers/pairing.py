@@ -135,6 +135,10 @@ def _told(source: Mapping[str, Any], place: Path | None, vocab_size: int) -> Tok
     # a World model's list is the vocabulary that is here already
     if source.get("tokenizer.ggml.model") == "rwkv" and "tokenizer.ggml.tokens" in source and vocab_size not in ROWS:
         return from_gguf_tokens(source["tokenizer.ggml.tokens"])
+    if source.get("tokenizer.ggml.model") == "gpt2" and "tokenizer.ggml.merges" in source:
+        from rookery.tokenizers.gguf_bpe import from_gguf
+
+        return from_gguf(source)
     return None
 
 
