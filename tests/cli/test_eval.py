@@ -1,9 +1,12 @@
 import json
 
 import pytest
+import torch
 
+from rookery.adapt.config import AdaptConfig
+from rookery.adapt.peft import adapter_tensors, attach, merge, save_adapter
 from rookery.checkpoints.tuned_state import save_tuned_state
-from rookery.models import load
+from rookery.models import load, save_model
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 20
 
@@ -41,6 +44,25 @@ def test_a_tuned_state_is_used(cli, model_path, text, tmp_path):
         for more in ((), ("--state", tmp_path / "s.safetensors"))
     )
     assert plain != tuned
+
+
+def test_an_adapter_is_merged_first(cli, model_path, text, tmp_path):
+    pytest.importorskip("peft")
+    model, config = load(model_path), AdaptConfig(rank=2)
+    attach(model, config)
+    with torch.no_grad():
+        for tensor in adapter_tensors(model).values():
+            tensor.add_(0.2)
+    save_adapter(model, tmp_path / "adapter", config)
+    merge(model)
+    save_model(model, tmp_path / "merged.safetensors")
+    calls = (("--model", model_path), ("--model", model_path, "--adapter", tmp_path / "adapter"),
+             ("--model", tmp_path / "merged.safetensors"))  # fmt: skip
+    plain, adapted, merged = (
+        json.loads(cli("eval", "perplexity", text, "--json", *call)[1])["bits_per_byte"] for call in calls
+    )
+    assert plain != adapted
+    assert adapted == pytest.approx(merged, rel=1e-4)
 
 
 def test_loss_by_position_is_drawn(cli, model_path, text, tmp_path):

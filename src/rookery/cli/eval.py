@@ -24,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", nargs="?", metavar="FILE", help="the task's text or questions")
     parser.add_argument("-m", "--model", metavar="PATH", help="model file, folder or Hub id (the embedded model)")
     parser.add_argument("--tokenizer", metavar="NAME", help="world, 20b, bytes, or a vocabulary file (found by itself)")
+    parser.add_argument("--adapter", metavar="FILE", help="merge an adapter of RWKV-PEFT or a folder of peft")
+    parser.add_argument("--adapter-alpha", type=float, metavar="X", help="alpha of a LoRA whose file does not say it")
     parser.add_argument("--state", metavar="FILE", help="tuned state that every text begins with")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions or texts")
     parser.add_argument("--device", default="cpu", metavar="NAME", help="as cuda (cpu)")
@@ -74,7 +76,14 @@ def run(args: argparse.Namespace) -> int:
         import torch
 
         torch.set_num_threads(args.threads)
-    model, tokenizer = load_for_evaluation(args.model, tokenizer=args.tokenizer, device=args.device, dtype=args.dtype)
+    model, tokenizer = load_for_evaluation(
+        args.model,
+        tokenizer=args.tokenizer,
+        device=args.device,
+        dtype=args.dtype,
+        adapter=args.adapter,
+        adapter_alpha=args.adapter_alpha,
+    )
     result = evaluate(
         args.task,
         model,

@@ -112,7 +112,8 @@ def _mmlu_questions(path: Path) -> Iterator[dict[str, Any]]:
 def multiple_choice(scorer: Scorer, tokenizer: Tokenizer, path: str | Path, limit: int | None = None) -> dict[str, Any]:
     """Requests as the OLMo project keeps them (.jsonl or .jsonl.gz): a line per choice, and which one is right.
 
-    "accuracy" takes the likeliest choice, "accuracy_per_character" the one of the highest ln p per character. The
+    "accuracy" takes the likeliest choice, "accuracy_per_character" the one of the highest ln p per
+    character. The
     context and a choice are tokenised together where the border allows it, as lm-eval does. Where the choices are
     contexts and the continuation is one (WinoGrande), the same comparison is of p(continuation | context).
     """
@@ -122,7 +123,7 @@ def multiple_choice(scorer: Scorer, tokenizer: Tokenizer, path: str | Path, limi
         scores = iter(scorer.score(requests))
         for choices, label in questions:
             found = [next(scores).log_prob for _ in choices]
-            scaled = [value / max(1, len(text)) for value, (_, text) in zip(found, choices)]
+            scaled = [value / max(1, len(text.strip())) for value, (_, text) in zip(found, choices)]
             plain.append(found.index(max(found)) == label)
             per_character.append(scaled.index(max(scaled)) == label)
     if not plain:

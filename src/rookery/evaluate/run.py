@@ -42,15 +42,21 @@ def load_for_evaluation(
     tokenizer: str | None = None,
     device: str = "cpu",
     dtype: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    adapter_alpha: float | None = None,
 ) -> tuple[LanguageModel, Tokenizer]:
-    """A model and its tokenizer; without a path the model that ships with the package.
+    """A model and its tokenizer; without a path the model that ships with the package. `adapter` is merged into it.
 
     On the CPU weights become float32 unless `dtype` is given: it is faster there, and the same numbers.
     """
     path = EMBEDDED if path is None else path
     told = open_checkpoint(path).metadata
     precision = getattr(torch, dtype) if dtype else torch.float32 if device == "cpu" else None
-    model = load(path, device=device, dtype=precision).eval().requires_grad_(False)
+    model = (
+        load(path, device=device, dtype=precision, adapter=adapter, adapter_alpha=adapter_alpha)
+        .eval()
+        .requires_grad_(False)
+    )
     return model, resolve(tokenizer, vocab_size=model.config.vocab_size, path=path, metadata=told)
 
 
