@@ -28,6 +28,6 @@ def test_logits_are_as_far_from_those_in_float64_as_the_page_says(name):
     want = copy.deepcopy(half).double()(tokens)[0]
     for (dtype, model), said in zip(models.items(), TABLE[name], strict=True):
         error = float((model(tokens)[0].double() - want).norm() / want.norm())
-        # backends of other machines add up in another order
-        assert error < 1.5 * said, f"{dtype}: {error:.2e}, the page says {said:.2e}"
+        # machines add up in another order, and ROSA may then find another match
+        assert error < (3 if "rosa" in name else 1.5) * said, f"{dtype}: {error:.2e}, the page says {said:.2e}"
         assert error > said / 10, f"{dtype}: {error:.2e}, far better than the page's {said:.2e}: correct the page"
