@@ -214,6 +214,21 @@ def test_peft_merges_to_the_same_weights(tmp_path, base, kind):
         torch.testing.assert_close(again[name], weight, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_the_model_in_transformers_fits_the_model_itself(tmp_path, base):
+    from peft import get_peft_model
+
+    import rookery.hf
+
+    wrapped = get_peft_model(rookery.hf.RookeryForCausalLM.of(load(base)), peft_configs()["lora"])
+    wrapped.save_pretrained(tmp_path / "adapter")
+    expected = wrapped(torch.tensor([TOKENS])).logits
+    got = load(base, adapter=tmp_path / "adapter")(torch.tensor([TOKENS]))[0]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(load(base)(torch.tensor([TOKENS]))[0], expected, atol=1e-2)
+
+
 def test_every_way_in_merges_and_the_result_is_another_model(tmp_path, base):
     path = pth(tmp_path / "a.pth", lora(MODULES))
     plain, merged = load(base), load(base, adapter=path, adapter_alpha=4)

@@ -34,6 +34,8 @@ SETTINGS = "adapter_config.json"
 FIRST_PAIR = "init_pissa.pth"
 """Where RWKV-PEFT keeps the factors that PiSSA took out of the weights before training."""
 WRAPPED = ("base_model.model.", "base_model.", "model.base_model.model.")
+INSIDE = ("model.blocks.", "model.emb.", "model.ln_out.", "model.head.", "model.model.", "model.lm_head.")
+"""How names begin where the model was wrapped for transformers (`rookery.hf`): one "model." more."""
 SHARED = {"miss_block": True, "bone_block": True, "bone": True, "disha": False}
 """Name of a factor that is shared among blocks -> whether its form [n, r, r] is per row of blocks, else per column.
 
@@ -146,6 +148,7 @@ def _sorted(tensors: Mapping[str, Stored]) -> tuple[dict[str, dict[str, Stored]]
     whole: dict[str, Stored] = {}
     for name, tensor in tensors.items():
         name = next((name.removeprefix(prefix) for prefix in WRAPPED if name.startswith(prefix)), name)
+        name = name.removeprefix("model.") if name.startswith(INSIDE) else name
         parts = [part for part in name.split(".") if part not in ("default", "base_layer", "modules_to_save")]
         stem = parts[:-1] if parts[-1] == "weight" else parts
         last = stem[-1]
