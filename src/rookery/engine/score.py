@@ -68,7 +68,8 @@ def embed(llm: LLM, texts: Sequence[str | Sequence[int]], bos: bool = True) -> n
     names = [name for name in llm.fresh_state().tensors() if name.endswith(".ffn_shift")]
     if not names:
         raise ValueError(
-            f"a model of the family {llm.runner.family} keeps no vector of its last token; embed needs one with a channel mix, as RWKV"
+            f"a model of the family {llm.runner.family} keeps no vector of its last token; embed needs one that mixes "
+            "the token before it into the channel mix, as RWKV does"
         )
     last = max(names, key=lambda name: int(name.split(".")[1]))
     rows = [([END_OF_TEXT] if bos else []) + llm.tokens_of(text) for text in texts]
