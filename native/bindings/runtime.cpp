@@ -112,13 +112,13 @@ struct Loaded {
 
   void forward(
       const Numbers& tokens, const std::vector<Floats>& states, const std::vector<std::int64_t>& lengths,
-      const Numbers& wanted, const Floats& logits, int threads) const {
+      const Numbers& wanted, const Floats& logits, int threads, bool chained) const {
     const auto count = static_cast<std::int64_t>(tokens.size());
     std::vector<Segment> segments;
     std::int64_t total = 0;
     for (std::size_t i = 0; i < states.size(); ++i) {
       check_state(states[i]);
-      segments.push_back({states[i].data(), lengths.at(i)});
+      segments.push_back({states[i].data(), lengths.at(i), i > 0 && chained ? states[i - 1].data() : nullptr});
       total += lengths[i];
     }
     if (total != count || logits.size() != wanted.size() * static_cast<std::size_t>(runtime->sizes.vocab))
@@ -192,9 +192,10 @@ void bind_runtime(nb::module_& m) {
                    "Part of a step -> seconds, over all calls that were watched.")
       .def_prop_ro("isa", [](const Loaded& model) { return std::string(name(model.runtime->isa)); })
       .def("begin", &Loaded::begin, "state"_a, "Makes a state that before the first token.")
-      .def("forward", &Loaded::forward, "tokens"_a, "states"_a, "lengths"_a, "wanted"_a, "logits"_a, "threads"_a,
+      .def("forward", &Loaded::forward, "tokens"_a, "states"_a, "lengths"_a, "wanted"_a, "logits"_a, "threads"_a, "chained"_a = false,
            "Reads lengths[i] tokens into states[i], one sequence after the other, and writes the logits that follow "
-           "the tokens at the positions `wanted`.");
+           "the tokens at the positions `wanted`. With `chained` all are one sequence: each state but the first is "
+           "written, and begins where the one before it ends.");
 }
 
 }  // namespace rookery

@@ -38,6 +38,7 @@ class MatrixStatePass : public Pass {
       const float* w = decay + (constant ? channel : at);
       const Wkv6Piece piece{segments_[row].tokens, n, n, width, r_ + at, k_ + at, v_ + at, w, constant ? 0 : width,
                             layer.bonus.data() + channel, y_ + at};
+      inherit(row, i, width + channel * n, n * n);
       wkv6_.advance(piece, state(row, i) + width + channel * n);
     }
   }

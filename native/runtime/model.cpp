@@ -92,7 +92,8 @@ void Model::forward(
   for (Segment segment : segments)
     while (segment.tokens > 0) {
       const int64_t some = std::min(segment.tokens, most - count);
-      piece.push_back({segment.state, some});
+      piece.push_back({segment.state, some, segment.from});
+      segment.from = nullptr;
       segment.tokens -= some;
       count += some;
       if (count == most) flush();

@@ -49,10 +49,12 @@ struct ChannelMix {
   bool has_gate() const { return receptance.out > 0; }
 };
 
-// Some tokens of one sequence; `state` [Sizes::state()] is advanced.
+// Some tokens of one sequence; `state` [Sizes::state()] is advanced, or written from `from`, the state of a segment
+// before this one in the same call.
 struct Segment {
   float* state;
   std::int64_t tokens;
+  const float* from = nullptr;
 };
 
 // The part of a call that goes through the model at once.

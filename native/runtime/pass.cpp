@@ -81,6 +81,7 @@ void Pass::shift(std::size_t layer, const Norm& weights, const std::vector<float
   });
   for (std::size_t row = 0; row < segments_.size(); ++row) {
     float* last = state(row, layer) + offset;
+    inherit(row, layer, offset, width);
     std::copy_n(last, width, previous_ + static_cast<int64_t>(row) * width);
     std::copy_n(normed_ + (starts_[row + 1] - 1) * width, width, last);
   }

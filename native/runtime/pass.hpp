@@ -46,6 +46,12 @@ class Pass {
     return segments_[row].state + static_cast<std::int64_t>(layer) * sizes_.layer_state();
   }
 
+  // Begins `count` numbers of a layer's state, from number `at` on, where the row's own beginning has them.
+  void inherit(std::size_t row, std::size_t layer, std::int64_t at, std::int64_t count) const {
+    if (const float* from = segments_[row].from)
+      std::copy_n(from + static_cast<std::int64_t>(layer) * sizes_.layer_state() + at, count, state(row, layer) + at);
+  }
+
   // work(range) for parts of 0 … total − 1, cut at multiples of `unit`; each costs `bytes` of reading.
   template <class Work>
   void shared_out(std::int64_t total, std::int64_t unit, std::int64_t bytes, Work&& work) const {

@@ -78,6 +78,8 @@ class Rwkv4Pass final : public Pass {
       const int64_t at = starts_[row] * width;
       const Wkv4Piece piece{segments_[row].tokens, width,   layer.log_w.data(), layer.bonus.data(),
                             k_ + at,               v_ + at, y_ + at};
+      for (int64_t part = 1; part <= 3; ++part)
+        inherit(row, i, part * width + channels.begin, channels.end - channels.begin);
       wkv4_.advance(piece, state(row, i) + width, channels.begin, channels.end);
     }
     for (int64_t t = 0; t < count_; ++t) {

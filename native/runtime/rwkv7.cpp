@@ -133,6 +133,7 @@ class Rwkv7Pass final : public Pass {
     float *r = take(most), *k = take(most), *v = take(most), *decay = take(most), *rate = take(most);
     float *gate = take(most), *w = take(most), *key = take(most), *b = take(most), *y = take(most), *a = take(most + 1);
     float* matrix = state(row, i) + width + channel * n;
+    inherit(row, i, width + channel * n, n * n);
     for (int64_t t = starts_[row]; t < end; t += most) {
       const int64_t count = std::min(most, end - t);
       const auto gather = [&](const float* from, float* to) {

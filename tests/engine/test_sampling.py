@@ -236,6 +236,15 @@ def test_typical_keeps_what_carries_as_much_as_expected():
         kept, _ = distribution(logits, Sampling(top_p=1, typical_p=typical_p))
         assert list(kept) == sorted(order[:count])
     assert len(distribution(logits, Sampling(top_p=1))[0]) == 5
+    many = logits_of("ranked", 20_000)
+    weights = np.exp(many.astype(np.float64) - many.max())
+    weights /= weights.sum()
+    order = np.argsort(np.abs(-np.log(weights) + (weights * np.log(weights)).sum()), kind="stable")
+    for typical_p in (0.05, 0.7, 0.999):
+        count = int(np.searchsorted(np.cumsum(weights[order]), typical_p)) + 1
+        kept, _ = distribution(many, Sampling(top_p=1, typical_p=typical_p))
+        assert abs(len(kept) - count) <= 1 + count // 1000  # float32 and float64 may part by a token at the cut
+        assert len({*kept} - {*order[: count + 20]}) == 0
     # 0.3 is the most typical, and top_p leaves the likeliest alone: one token must stay
     assert list(distribution(logits, Sampling(top_p=0.1, typical_p=0.1))[0]) == [0]
     with pytest.raises(ValueError, match="typical_p must be between 0 and 1, got 2"):

@@ -259,3 +259,30 @@ def test_states_are_free_as_soon_as_nobody_has_them(native):
         assert state() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_the_next_turn_reads_only_what_is_new(ends):
+    """The state at the end of a text is kept, too; of its last token no logits are known, so that one is read again."""
+    llm = LLM.from_runner(Remembering(6))
+    llm.cache = StateCache()
+    options = {"tokens": True, "top_p": 1.0, "seed": 3 if ends else 1, "ignore_eos": not ends}
+    scheduler = Scheduler(llm)
+    first = scheduler.submit([1, 2, 3], 200 if ends else 9, **options)
+    tokens = list(first)
+    assert first.finish_reason == ("end" if ends else "length")
+    turn = [1, 2, 3, *tokens, 4, 5]
+    second = scheduler.submit(turn, 5, **options)
+    assert list(second) == alone(llm, turn, 5, top_p=1.0, seed=options["seed"], ignore_eos=not ends)
+    assert second.cached == 3 + len(tokens) - (not ends)
+
+
+def test_log_probabilities_are_those_of_the_text_alone(native):
+    text = Scheduler(native).submit([1, 2], 5, tokens=True, seed=1, logprobs=2, **DRAWN)
+    list(text)
+    session = native.session()
+    session.feed([1, 2])
+    stream = session.stream_tokens(5, seed=1, logprobs=2, **DRAWN)
+    list(stream)
+    assert text.logprobs == stream.logprobs
+    assert len(text.logprobs) == 5

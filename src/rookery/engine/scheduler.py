@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from rookery.engine.session import Order, Position, Session, TextStream, TokenStream
+from rookery.engine.session import RECENT, Order, Position, Session, TextStream, TokenStream
 from rookery.engine.state_cache import StateCache, common, cuts_of
 
 if TYPE_CHECKING:
     from rookery.engine.llm import LLM
+    from rookery.engine.sampling import TokenLogprobs
 
 LOOK_AHEAD = 32
 """Waiting prompts that a prompt is compared with, to keep the state at the end of what they share."""
@@ -57,6 +58,11 @@ class Generation:
     def tokens(self) -> list[int]:
         """The tokens so far, without the one that ended the text."""
         return self._stream.tokens if self._stream else []
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs]:
+        """Of every token, if `logprobs` was asked for."""
+        return self._stream.logprobs if self._stream else []
 
     @property
     def finish_reason(self) -> str | None:
@@ -347,9 +353,20 @@ class Scheduler:
             if stream.finish_reason is not None:
                 if isinstance(stream, TextStream):
                     self._say(generation, stream.unfinished())
+                self._keep_turn(generation)
                 generation._finish()
         except Exception as error:
             generation._finish(error)
+
+    def _keep_turn(self, generation: Generation) -> None:
+        """Keeps the state at the end of a text: the next turn of a conversation begins with both."""
+        if self.cache is None or not generation._fresh:
+            return
+        at = generation.session._at
+        # the last token may be unread, and what a stop string took back is not in the state
+        told = [*generation.prompt, *generation.tokens][: at.state.tokens_seen]
+        if len(told) > len(generation.prompt):
+            self.cache.keep(told, Position(at.state, at.logits, recent=tuple(told[-RECENT:])))
 
     @staticmethod
     def _say(generation: Generation, piece: str | int | None) -> None:

@@ -2,8 +2,9 @@
 
 The text is the same as without guesses, token for token: every token is sampled from the model's own logits with the
 number that belongs to its place, and a guess counts where it is that very token. (Rejection sampling, arXiv 2211.17192,
-keeps the distribution alone.) A recurrent state cannot forget tokens, so the state before the guesses stays until all
-of them have come; after a wrong one the tokens that came are read again together with the next guesses.
+keeps the distribution alone.) A recurrent state cannot forget tokens, so the compiled runtime gives the state before
+every guess. Where there is none (torch), the state before the first guess stays until all of them have come; after a
+wrong one the tokens that came are read again together with the next guesses.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from rookery.engine.sampling import Sampler
 if TYPE_CHECKING:
     from rookery.engine.llm import LLM
     from rookery.engine.runners.protocol import RowState
-    from rookery.engine.session import Order, Session
+    from rookery.engine.session import Order, Position, Session
 
 REREAD = 8
 """As many tokens that came are read again with the next guesses; more are read once and for all."""
@@ -135,9 +136,9 @@ class Verifier:
         self._most = order.speculate.tokens
         self._source = order.speculate.start(session, order)
         self._count = min(2, self._most)
-        self._ahead: RowState | None = None  # after the last guess
-        self._guesses: deque[tuple[int, np.ndarray]] = deque()  # and the logits that follow each
-        self._told = 0
+        self._steps = getattr(session.llm.runner, "forward_steps", None)
+        # a guess, the logits that follow it, and the state after it where that is known
+        self._guesses: deque[tuple[int, np.ndarray, RowState | None]] = deque()
         self.guessed = self.right = 0
         """Tokens that were guessed, and how many of them came."""
 
@@ -145,17 +146,17 @@ class Verifier:
         """What follows the text so far, of which at most `wanted` more tokens will be asked for."""
         at = self._session._at
         if self._guesses:
-            guess, row = self._guesses.popleft()
+            guess, row, state = self._guesses.popleft()
             if at.unread and at.unread[-1] == guess:
                 self._source.accept([guess])
                 self.right += 1
                 if not self._guesses:
                     self._count = min(2 * self._count, self._most)
-                    at.state, at.logits, at.unread, self._ahead = self._ahead, row, (), None
+                if state is not None:
+                    at.state, at.logits, at.unread = state, row, ()
                 return row
             self._count = max(1, self._count // 2)
             self._guesses.clear()
-            self._ahead = None
         if not at.unread:
             return at.logits  # of the prompt
         self._source.accept(at.unread[-1:])
@@ -164,9 +165,18 @@ class Verifier:
         if not guesses:
             self._session._read(at)
             return at.logits
-        ahead = at.state.copy()
-        rows = self._session.llm.runner.forward([*at.unread, *guesses], ahead, len(guesses) + 1)
-        self._ahead = ahead
-        self._guesses.extend(zip(guesses, rows[1:]))
+        return self._check(at, guesses)
+
+    def _check(self, at: Position, guesses: list[int]) -> np.ndarray:
+        """Reads what is unread and the guesses; what follows the former."""
         self.guessed += len(guesses)
+        tokens = [*at.unread, *guesses]
+        if self._steps is not None:
+            rows, states = self._steps(tokens, at.state, len(guesses))
+            at.state, at.logits, at.unread = states[0], rows[0], ()
+            self._guesses.extend(zip(guesses, rows[1:], states[1:]))
+        else:
+            ahead = at.state.copy()
+            rows = self._session.llm.runner.forward(tokens, ahead, len(guesses) + 1)
+            self._guesses.extend(zip(guesses, rows[1:], [*[None] * (len(guesses) - 1), ahead]))
         return rows[0]

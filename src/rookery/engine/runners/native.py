@@ -176,14 +176,40 @@ class NativeRunner:
         together = self._run(np.concatenate(ids), list(states), [len(row) for row in ids], wanted)
         return np.split(together, np.cumsum(counts)[:-1])
 
+    def forward_steps(
+        self, tokens: Sequence[int], state: NativeRowState, steps: int
+    ) -> tuple[np.ndarray, list[NativeRowState]]:
+        """As `forward`, for the last `steps` + 1 places: their logits, and the states before the later ones.
+
+        The first state of the list is the one after all tokens but the last `steps`, the last one that after all.
+        `state` stays as it is.
+        """
+        ids = _token_ids(tokens, self.config.vocab_size)
+        if not 0 <= steps < len(ids):
+            raise ValueError(f"steps must lie between 0 and {len(ids) - 1} for {len(ids)} tokens, got {steps}")
+        first = len(ids) - steps
+        states = [state.copy(), *(self._blank(state.tokens_seen) for _ in range(steps))]
+        wanted = np.arange(first - 1, len(ids), dtype=np.int32)
+        return self._run(ids, states, [first, *[1] * steps], wanted, chained=True), states
+
+    def _blank(self, tokens_seen: int) -> NativeRowState:
+        return NativeRowState(self.config, _aligned(self._model.state_size), tokens_seen)
+
     def select(self, states: Sequence[NativeRowState], rows: Sequence[int]) -> list[NativeRowState]:
         """States by index, in any order and number; one that is chosen once is not copied."""
         return select(states, rows)
 
-    def _run(self, ids: np.ndarray, states: list[NativeRowState], lengths: list[int], wanted: np.ndarray) -> np.ndarray:
+    def _run(
+        self,
+        ids: np.ndarray,
+        states: list[NativeRowState],
+        lengths: list[int],
+        wanted: np.ndarray,
+        chained: bool = False,
+    ) -> np.ndarray:
         logits = np.empty((len(wanted), self.config.vocab_size), np.float32)
-        self._model.forward(ids, [state.numbers for state in states], lengths, wanted, logits, self.threads)
-        for state, length in zip(states, lengths):
+        self._model.forward(ids, [state.numbers for state in states], lengths, wanted, logits, self.threads, chained)
+        for state, length in zip(states, np.cumsum(lengths).tolist() if chained else lengths):
             state.tokens_seen += length
         return logits
 
