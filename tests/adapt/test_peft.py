@@ -63,6 +63,21 @@ def test_the_matrices_of_every_family_are_found(name):
     }
 
 
+@pytest.mark.parametrize("name", ["transformer-test", "rad-rwkv7-test", "arwkv-test"])
+def test_other_families_have_targets_too(name, tmp_path):
+    model = randomised(name, dtype=torch.float32)
+    parts = {n.split(".")[3] for n in target_names(model)}
+    assert parts == {"self_attn", "mlp"}
+    config, _ = trained(model, "lora")
+    expected = logits_of(model)
+    save_adapter(model, tmp_path / "adapter", config)
+    fresh = randomised(name, dtype=torch.float32)
+    load_adapter(fresh, tmp_path / "adapter")
+    torch.testing.assert_close(logits_of(fresh), expected, rtol=1e-4, atol=1e-4)
+    merge(model)
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_unknown_targets_are_refused():
     with pytest.raises(ValueError, match=r"rwkv7 has no matrices 'q_proj'; its blocks have att\.key, .*ffn\.value"):
         target_names(model_of(), "q_proj")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,22 +33,31 @@ INITIAL = "pissa_initial.safetensors"
 """The pair that PiSSA took out of the weights, beside the adapter."""
 
 
+BLOCK = re.compile(r"((?:.*\.)?(?:blocks|layers))\.\d+\.(.+)")
+"""A module of a block: where the blocks are, and its name within one."""
+PARTS = {"att": ("att", "self_attn"), "ffn": ("ffn", "mlp")}
+"""Names of a block's two parts, and what the families call them."""
+
+
 def target_names(model: LanguageModel, targets: str = "att,ffn") -> list[str]:
     """Full names of the matrices that `targets` means, as "blocks.0.att.key".
 
     All linear layers of a block's parts: receptance, key, value and output of the time mix (and gate in RWKV-5 and 6),
-    key and value of the channel mix (and receptance in RWKV-4, 5 and 6). ValueError where a target means nothing.
+    key and value of the channel mix (and receptance in RWKV-4, 5 and 6). "att" and "ffn" also mean a transformer's
+    `self_attn` and `mlp`. ValueError where a target means nothing.
     """
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("blocks.")]
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     # of a model with adapters: each matrix once, and not those that the adapter is made of
     linear = [n.removesuffix(".base_layer") for n in linear if ".lora_" not in n]
-    chosen: dict[str, None] = {}
+    inner = {name: found[2] for name in linear if (found := BLOCK.fullmatch(name))}
+    chosen: set[str] = set()
     for target in filter(None, (part.strip() for part in targets.split(","))):
-        found = [name for name in linear if f".{target}." in f".{name.split('.', 2)[2]}."]
+        wanted = PARTS.get(target, (target,))
+        found = {name for name, path in inner.items() if any(f".{part}." in f".{path}." for part in wanted)}
         if not found:
-            known = sorted({name.split(".", 2)[2] for name in linear})
-            raise ValueError(f"{model.family} has no matrices {target!r}; its blocks have {', '.join(known)}")
-        chosen |= dict.fromkeys(found)
+            known = ", ".join(sorted(set(inner.values()))) or "none that can be adapted"
+            raise ValueError(f"{model.family} has no matrices {target!r}; its blocks have {known}")
+        chosen |= found
     if not chosen:
         raise ValueError("adapt.targets names nothing to adapt; give for example att,ffn")
     return [name for name in linear if name in chosen]
@@ -250,8 +260,9 @@ def _peft_config(model: LanguageModel, config: AdaptConfig) -> Any:
 
 def _pattern(names: list[str]) -> str:
     """A regular expression for exactly these names of one model; short, for it stands in the adapter's file."""
-    parts = sorted({name.split(".", 2)[2] for name in names})
-    return r"blocks\.\d+\.(" + "|".join(part.replace(".", r"\.") for part in parts) + ")"
+    found = [BLOCK.fullmatch(name) for name in names]
+    where = re.escape(found[0][1])
+    return rf"{where}\.\d+\.(" + "|".join(sorted({re.escape(match[2]) for match in found})) + ")"
 
 
 def _plain(value: Any) -> Any:

@@ -17,8 +17,6 @@ import numpy as np
 from rookery.tokenizers.base import Tokenizer
 from rookery.tokenizers.chat import spoken_parts
 
-END_OF_TEXT = 0
-"""Token that ends every sample and is learned with its last answer."""
 PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "response"))
 """Keys of a request and its answer."""
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
@@ -138,7 +136,7 @@ def _answers_in(text: str) -> list[tuple[str, bool]]:
 
 
 def encode(parts: Sequence[tuple[str, bool]], tokenizer: Tokenizer) -> Sample:
-    """Tokens of the pieces' whole text and END_OF_TEXT.
+    """Tokens of the pieces' whole text and the one that ends a text, which is learned with the last answer.
 
     The text is tokenised in one, as the model will meet it; a token that straddles a border is learned if any part of
     it is (state_methods.md 1.9, oracle 10).
@@ -159,7 +157,7 @@ def encode(parts: Sequence[tuple[str, bool]], tokenizer: Tokenizer) -> Sample:
         learned = list(before[ends] > before[starts]) if len(ends) else []
     flags = np.array([*learned, parts[-1][1]], dtype=bool)
     flags[0] = False
-    return Sample(np.array([*tokens, END_OF_TEXT], dtype=np.int64), flags)
+    return Sample(np.array([*tokens, tokenizer.eos_id], dtype=np.int64), flags)
 
 
 def read_samples(paths: str, tokenizer: Tokenizer, template: str, mask: Mask = "assistant") -> list[Sample]:

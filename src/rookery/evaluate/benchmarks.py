@@ -1,6 +1,7 @@
 """LAMBADA, MMLU, multiple choice and BLiMP: files in, accuracy out.
 
-Every text begins behind token 0, as the official scripts have it (core.md 6.3). Results are dictionaries that JSON can
+Every text begins behind the token that ends one (0 in RWKV's vocabularies), as the official scripts have it
+(core.md 6.3). Results are dictionaries that JSON can
 hold; each says how many questions it is of.
 """
 
@@ -21,8 +22,6 @@ from rookery.errors import MissingDependency
 from rookery.evaluate.scoring import Request, Scorer
 from rookery.tokenizers.base import Tokenizer
 
-BEGIN = 0
-"""Token before every text."""
 MMLU_PROMPT = """User: You are a very talented expert in {subject}. Answer this question:
 {question}
 A. {choices[0]}
@@ -45,7 +44,7 @@ def lambada(scorer: Scorer, tokenizer: Tokenizer, path: str | Path, limit: int |
     requests = []
     for text in islice(_texts(Path(path)), limit):
         context, space, word = text.rpartition(" ")
-        requests.append(Request([BEGIN, *tokenizer.encode(context)], tokenizer.encode(space + word)))
+        requests.append(Request([tokenizer.eos_id, *tokenizer.encode(context)], tokenizer.encode(space + word)))
     if not requests:
         raise ValueError(f"there are no texts in {str(path)!r}")
     scores = [score for part in _parts(requests) for score in scorer.score(part)]
@@ -75,7 +74,7 @@ def mmlu(scorer: Scorer, tokenizer: Tokenizer, path: str | Path, limit: int | No
         raise ValueError(f"MMLU needs tokens for ' A' to ' D'; the tokenizer {tokenizer.name!r} cuts these in pieces")
     right: dict[str, list[bool]] = {}
     for questions in _parts(islice(_mmlu_questions(Path(path)), limit)):
-        requests = [Request([BEGIN, *tokenizer.encode(mmlu_prompt(question))], []) for question in questions]
+        requests = [Request([tokenizer.eos_id, *tokenizer.encode(mmlu_prompt(question))], []) for question in questions]
         for question, score in zip(questions, scorer.score(requests, first=True)):
             logits = score.first_log_probs[[ids[0] for ids in letters]]
             right.setdefault(question["subject"], []).append(int(logits.argmax()) == question["answer"])
@@ -143,8 +142,8 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Reques
     continuation = context[len(stripped) :] + continuation
     whole, head = tokenizer.encode(stripped + continuation), tokenizer.encode(stripped)
     if whole[: len(head)] == head:
-        return Request([BEGIN, *head], whole[len(head) :])
-    return Request([BEGIN, *head], tokenizer.encode(continuation))
+        return Request([tokenizer.eos_id, *head], whole[len(head) :])
+    return Request([tokenizer.eos_id, *head], tokenizer.encode(continuation))
 
 
 def _choice_questions(path: Path) -> Iterator[tuple[list[tuple[str, str]], int]]:
@@ -178,7 +177,7 @@ def blimp(scorer: Scorer, tokenizer: Tokenizer, path: str | Path, limit: int | N
     for paradigm, pairs in _paradigms(Path(path)):
         for part in _parts(islice(pairs, limit)):
             sentences = [pair[key] for pair in part for key in ("sentence_good", "sentence_bad")]
-            scores = scorer.score([Request([BEGIN], tokenizer.encode(text)) for text in sentences])
+            scores = scorer.score([Request([tokenizer.eos_id], tokenizer.encode(text)) for text in sentences])
             for good, bad in zip(scores[::2], scores[1::2]):
                 right.setdefault(paradigm, []).append(good.log_prob > bad.log_prob)
     return _accuracies(right, "paradigms", path)

@@ -27,9 +27,6 @@ try:
 except ImportError:
     raise MissingDependency('this needs lm-eval: pip install "rookery[eval]"') from None
 
-BEGIN = 0
-"""Token before every text, as in the official evaluation scripts."""
-
 
 @register_model("rookery")
 class RookeryLM(TemplateLM):
@@ -72,11 +69,11 @@ class RookeryLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return BEGIN
+        return self.tokens.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        return BEGIN
+        return self.tokens.eos_id
 
     @property
     def tokenizer_name(self) -> str:
@@ -90,7 +87,7 @@ class RookeryLM(TemplateLM):
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         """ln p of each continuation, and whether greedy decoding would say it."""
-        scores = self.scorer.score([Request(_begun(context), target) for _, context, target in requests])
+        scores = self.scorer.score([Request(self._begun(context), target) for _, context, target in requests])
         answers = [(score.log_prob, score.is_greedy) for score in scores]
         for (texts, _, _), answer in zip(requests, answers):
             if texts is not None:
@@ -100,7 +97,7 @@ class RookeryLM(TemplateLM):
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """ln p of each whole text behind token 0."""
         texts = [request.args[0] for request in requests]
-        scores = self.scorer.score([Request([BEGIN], self.tok_encode(text)) for text in texts])
+        scores = self.scorer.score([Request([self.eot_token_id], self.tok_encode(text)) for text in texts])
         for text, score in zip(texts, scores):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), score.log_prob)
         return [score.log_prob for score in scores]
@@ -116,11 +113,11 @@ class RookeryLM(TemplateLM):
         if options.get("do_sample") and options.get("temperature", 0):
             raise ValueError("this model answers greedily: tasks that sample (do_sample) are not supported")
         device = next(self.model.parameters()).device
-        following, state, said = _begun(self.tok_encode(context)), None, []
+        following, state, said = self._begun(self.tok_encode(context)), None, []
         for _ in range(int(options.get("max_gen_toks", self.max_gen_toks))):
             features, state = self.model.features(torch.tensor([following], device=device), state, None)
             token = int(self.model.head(features[0, -1]).argmax())
-            if token == BEGIN:
+            if token == self.eot_token_id:
                 break
             said.append(token)
             following = [token]
@@ -132,7 +129,7 @@ class RookeryLM(TemplateLM):
             text = text.split(stop)[0]
         return text
 
-
-def _begun(context: Sequence[int]) -> list[int]:
-    """The context behind token 0; lm-eval puts it there itself where there is no context."""
-    return list(context) if context and context[0] == BEGIN else [BEGIN, *context]
+    def _begun(self, context: Sequence[int]) -> list[int]:
+        """The context behind the token that ends a text; lm-eval puts it there itself where there is no context."""
+        begin = self.eot_token_id
+        return list(context) if context and context[0] == begin else [begin, *context]

@@ -9,7 +9,6 @@ from typing import Any
 from rookery.evaluate.scoring import Request, Scorer
 from rookery.tokenizers.base import Tokenizer
 
-BEGIN = 0
 OPENING = "There is an important number hidden in a lot of other text. Find it and remember it.\n"
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key.\n"
@@ -57,5 +56,5 @@ def passkey_request(tokenizer: Tokenizer, length: int, depth: float, key: int) -
         raise ValueError(f"a text of {length} tokens has no room for the needle; give at least {length - room}")
     times = room // len(filler)
     before = round(times * depth)
-    text = [BEGIN, *opening, *filler * before, *needle, *filler * (times - before), *question]
+    text = [tokenizer.eos_id, *opening, *filler * before, *needle, *filler * (times - before), *question]
     return Request(text, tokenizer.encode(f" {key}"))

@@ -20,8 +20,6 @@ from rookery.state import State
 from rookery.tokenizers.base import Tokenizer
 from rookery.tokenizers.blocks import tokens_of
 
-BEGIN = 0
-"""Token before every text, the end of the one before; it predicts the first token."""
 BLOCK = 1 << 16
 """Bytes of a text that are tokenised at a time."""
 CHUNK = 1024
@@ -61,7 +59,7 @@ def perplexity(
     stride: int = 512,
     start: Callable[[int], State] | None = None,
 ) -> Perplexity:
-    """Of all texts together, each by itself behind token 0; a text may come as blocks of bytes.
+    """Of all texts together, each by itself behind the token that ends one; a text may come as blocks of bytes.
 
     "carried" reads a text once with the state carried along, however long it is. "sliding" is for models that have a
     window: every token is predicted from a fresh state and the `window − stride` to `window` tokens before it.
@@ -72,8 +70,12 @@ def perplexity(
     total = Perplexity(0.0, 0, 0)
     for text in texts:
         blocks = tokens_of([text.encode()] if isinstance(text, str) else text, tokenizer)
-        read = _carried(model, blocks, start) if mode == "carried" else _sliding(model, blocks, window, stride, start)
-        total += read
+        # the end of the text before; it predicts the first token
+        begin = tokenizer.eos_id
+        if mode == "carried":
+            total += _carried(model, blocks, begin, start)
+        else:
+            total += _sliding(model, blocks, begin, window, stride, start)
     if not total.bytes:
         raise ValueError("there is no text to predict: the files are empty")
     return total
@@ -98,10 +100,10 @@ def _blocks(path: Path) -> Iterator[bytes]:
 
 @torch.inference_mode()
 def _carried(
-    model: LanguageModel, blocks: Iterable[tuple[list[int], int]], start: Callable[[int], State] | None
+    model: LanguageModel, blocks: Iterable[tuple[list[int], int]], begin: int, start: Callable[[int], State] | None
 ) -> Perplexity:
     state = start(1) if start else None
-    last, nats, count, size = [BEGIN], 0.0, 0, 0
+    last, nats, count, size = [begin], 0.0, 0, 0
     for tokens, nbytes in blocks:
         size += nbytes
         for i in range(0, len(tokens), CHUNK):
@@ -117,11 +119,12 @@ def _carried(
 def _sliding(
     model: LanguageModel,
     blocks: Iterable[tuple[list[int], int]],
+    begin: int,
     window: int,
     stride: int,
     start: Callable[[int], State] | None,
 ) -> Perplexity:
-    known, waiting = [BEGIN], []
+    known, waiting = [begin], []
     nats, count, size = 0.0, 0, 0
 
     def step(new: list[int]) -> float:

@@ -18,7 +18,7 @@ from rookery.engine.llm import EMBEDDED
 from rookery.errors import unknown
 from rookery.evaluate.benchmarks import blimp, lambada, mmlu, multiple_choice
 from rookery.evaluate.needle import passkey
-from rookery.evaluate.perplexity import BEGIN, file_texts, perplexity
+from rookery.evaluate.perplexity import file_texts, perplexity
 from rookery.evaluate.positions import by_octave, loss_by_position, plot_loss_by_position, rows_of
 from rookery.evaluate.scoring import Scorer
 from rookery.models import load
@@ -117,7 +117,7 @@ def _perplexity(
 def _positions(model: LanguageModel, tokenizer: Tokenizer, data: Path, options: dict[str, Any]) -> dict[str, Any]:
     plot, trained = options.pop("plot", None), options.pop("trained_length", 0)
     texts = (text if isinstance(text, str) else b"".join(text).decode() for text in file_texts(data))
-    tokens = [token for text in texts for token in (BEGIN, *tokenizer.encode(text))]
+    tokens = [token for text in texts for token in (tokenizer.eos_id, *tokenizer.encode(text))]
     inputs, targets = rows_of(np.array(tokens), options.pop("length", 2048), options.pop("rows", 16))
     losses = loss_by_position(model, inputs, targets, **options)
     if plot:
