@@ -14,6 +14,7 @@ VERBS = {
     "generate": "continue a text",
     "batch": "continue many texts, from a file into a file",
     "chat": "talk to a model that was trained to",
+    "serve": "serve models over HTTP, to OpenAI's clients and a browser",
     "train": "train a model from a recipe, or go on where it stopped",
     "finetune": "train a model further: adapters, start states, preferences",
     "eval": "measure a model: perplexity and benchmarks",

@@ -78,6 +78,16 @@ class Generation:
         """True when no more pieces come."""
         return self._over.is_set()
 
+    @property
+    def ready(self) -> bool:
+        """True if `next` will not wait: a piece is there, or the end."""
+        return not self._pieces.empty()
+
+    @property
+    def stream(self) -> TextStream | TokenStream | None:
+        """What samples the text, with its `logprobs`; None before the prompt is read."""
+        return self._stream
+
     def __iter__(self) -> Iterator[Any]:
         return self
 

@@ -1,0 +1,78 @@
+"""Serve models to every client that speaks OpenAI's protocol, and to a browser: http://127.0.0.1:8000.
+
+Answers are made side by side. SIGTERM and Ctrl-C let open ones end first.
+"""
+
+import argparse
+import logging
+import sys
+
+from rookery.cli.options import add_model, load_llm
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="files, folders or Hub ids (the embedded model)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (%(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="(%(default)s)")
+    parser.add_argument("--name", action="append", default=[], help="name of a model, in their order (its file's)")
+    parser.add_argument("--template", metavar="NAME", help="form of conversation: g1, world, raven (by file name)")
+    parser.add_argument("--keys", metavar="FILE", help="API keys that are let in; `--new-key` makes one")
+    parser.add_argument("--new-key", metavar="NAME", help="make a key, print it and the line for the file, and stop")
+    parser.add_argument(
+        "--cors", action="append", default=[], metavar="ORIGIN", help="let this web page use the server"
+    )
+    group = parser.add_argument_group("limits")
+    group.add_argument("--rows", type=int, default=64, metavar="N", help="texts written at a time (%(default)s)")
+    group.add_argument("--queue", type=int, default=256, metavar="N", help="texts that may wait (%(default)s)")
+    group.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="of one answer (%(default)s)")
+    group.add_argument("--timeout", type=float, default=600, metavar="S", help="of one answer, seconds (%(default)s)")
+    group.add_argument("--max-body", type=int, default=8 << 20, metavar="BYTES", help="of a request (%(default)s)")
+    group.add_argument("--states", type=int, default=256 << 20, metavar="BYTES", help="of kept states (%(default)s)")
+    group.add_argument("--expiry", type=float, default=86400, metavar="S", help="of unused states (%(default)s)")
+    group.add_argument("--drain", type=float, default=30, metavar="S", help="for open answers at the end (%(default)s)")
+    add_model(parser)
+
+
+def run(given: argparse.Namespace) -> int:
+    if given.new_key:
+        from rookery.serve.keys import new_key
+
+        key, line = new_key(given.new_key)
+        print(f"{key}\n{line}")
+        print(
+            "the first line is the key, which is shown only now; put the second into the file for --keys",
+            file=sys.stderr,
+        )
+        return 0
+    try:
+        from rookery.serve.app import create_app, names_of, serve
+    except ModuleNotFoundError as missing:
+        from rookery.errors import MissingDependency
+
+        raise MissingDependency(f'the server needs {missing.name}: pip install "rookery[serve]"') from None
+    from rookery.serve.hosting import Limits
+    from rookery.serve.keys import Keys
+
+    keys = Keys.read(given.keys) if given.keys else None
+    paths = given.models or [given.model]
+    names = [given.name[i] if i < len(given.name) else name for i, name in enumerate(names_of(paths))]
+    models = {}
+    for name, path in zip(names, paths):
+        print(f"loading {name}", file=sys.stderr)
+        models[name] = load_llm(argparse.Namespace(**{**vars(given), "model": path}), given.template)
+    limits = Limits(
+        rows=given.rows,
+        queue=given.queue,
+        max_tokens=given.max_tokens,
+        seconds=given.timeout,
+        body=given.max_body,
+        states=given.states,
+        expiry=given.expiry,
+    )
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    app = create_app(models, limits=limits, keys=keys, origins=given.cors)
+    if given.host not in ("127.0.0.1", "localhost", "::1") and keys is None:
+        print("everybody who reaches this address may use the server: consider --keys", file=sys.stderr)
+    print(f"http://{given.host}:{given.port} serves {', '.join(models)}; Ctrl-C ends it", file=sys.stderr)
+    serve(app, given.host, given.port, drain=given.drain)
+    return 0

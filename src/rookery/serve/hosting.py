@@ -1,0 +1,146 @@
+"""A model that is served: its scheduler, its states, and the bridge from its thread to the event loop."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, NamedTuple
+
+from rookery.engine.llm import LLM
+from rookery.engine.scheduler import Generation, Scheduler
+from rookery.engine.session import Session
+from rookery.engine.state_cache import StateCache
+from rookery.serve.schema import ApiError
+from rookery.serve.states import StateStore
+
+
+class Piece(NamedTuple):
+    """Some text, and how many tokens were sampled by then."""
+
+    text: str
+    tokens: int
+
+
+class Limits(NamedTuple):
+    """What one server does at most."""
+
+    rows: int = 64
+    """Texts that are written at the same time."""
+    queue: int = 256
+    """Texts that wait; more are turned away."""
+    max_tokens: int = 4096
+    """Of one answer; what is asked for beyond is cut."""
+    seconds: float = 600.0
+    """Of one answer."""
+    body: int = 8 << 20
+    """Bytes of a request."""
+    states: int = 256 << 20
+    """Bytes of kept states in memory, for each model."""
+    expiry: float = 24 * 3600.0
+    """Seconds until a kept state that nobody uses is forgotten."""
+
+
+class Hosted:
+    """One model of the server."""
+
+    def __init__(self, name: str, llm: LLM, limits: Limits, cache: StateCache | None = None) -> None:
+        self.name, self.llm, self.limits = name, llm, limits
+        self.cache = cache or StateCache()
+        self.scheduler = Scheduler(llm, rows=limits.rows, cache=self.cache)
+        self.states = StateStore(llm, limits.states, limits.expiry)
+
+    @property
+    def busy(self) -> bool:
+        """True if one more text would find the queue full."""
+        return self.scheduler.load[1] >= self.limits.queue
+
+    def submit(
+        self, prompt: str | Sequence[int], max_tokens: int, session: Session | None, **options: Any
+    ) -> "Running":
+        """Hands a text to the scheduler; ApiError where the queue is full or the options make no sense."""
+        if self.busy:
+            waiting = self.scheduler.load[1]
+            raise ApiError(429, f"{waiting} texts wait already; try again later", code="queue_full", retry=2)
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def notify(_: Generation) -> None:
+            try:
+                loop.call_soon_threadsafe(changed.set)
+            except RuntimeError:  # the loop is closed: nobody listens any more
+                pass
+
+        try:
+            generation = self.scheduler.submit(
+                prompt, min(max_tokens, self.limits.max_tokens), session=session, notify=notify, **options
+            )
+        except (ValueError, TypeError) as wrong:
+            raise ApiError(400, str(wrong)) from None
+        except RuntimeError as stopping:
+            raise ApiError(503, str(stopping), retry=5) from None
+        return Running(generation, changed, self.limits.seconds)
+
+
+class Running:
+    """A text that is being written."""
+
+    def __init__(self, generation: Generation, changed: asyncio.Event, seconds: float) -> None:
+        self.generation, self._changed, self._seconds = generation, changed, seconds
+        self._told = 0
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Its pieces as they come. Whoever stops listening ends it; one that takes too long is ended with ApiError."""
+        try:
+            async with asyncio.timeout(self._seconds):
+                while True:
+                    await self._changed.wait()
+                    self._changed.clear()
+                    while self.generation.ready:
+                        try:
+                            text = next(self.generation)
+                        except StopIteration:
+                            return
+                        yield Piece(text, len(self.generation.tokens))
+        except TimeoutError:
+            raise ApiError(
+                408, f"the answer took more than {self._seconds:g} s and was ended", code="timeout"
+            ) from None
+        finally:
+            self.generation.cancel()
+
+    async def text(self) -> str:
+        """All of it."""
+        return "".join([piece.text async for piece in self.pieces()])
+
+    @property
+    def finish_reason(self) -> str:
+        """OpenAI's name for how it ended."""
+        return "length" if self.generation.finish_reason == "length" else "stop"
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.generation.prompt)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.generation.tokens)
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's counts."""
+        return usage([self])
+
+    def fresh_logprobs(self) -> list[Any]:
+        """What is known of tokens since the last call, if logprobs were asked for."""
+        stream = self.generation.stream
+        told = [] if stream is None else stream.logprobs[self._told :]
+        self._told += len(told)
+        return told
+
+
+def usage(running: Sequence[Running]) -> dict[str, Any]:
+    """OpenAI's counts of several answers to one prompt each."""
+    prompt, written = sum(one.prompt_tokens for one in running), sum(one.tokens for one in running)
+    cached = sum(one.generation.cached for one in running)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": written,
+        "total_tokens": prompt + written,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }

@@ -1,0 +1,123 @@
+"""From OpenAI's conversations to the one text that a model continues, and from its answer back to tool calls."""
+
+import json
+import secrets
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from rookery.engine.grammar import Grammar, json_schema
+from rookery.engine.llm import LLM
+from rookery.serve.schema import ApiError, Chat, Message, NamedTool, ResponseFormat, Tool
+from rookery.tokenizers.chat import END_OF_TURN, ChatTemplate, render
+
+
+class Prompt(NamedTuple):
+    """What the model is given."""
+
+    text: str
+    stops: tuple[str, ...]
+    """An answer ends before these."""
+    grammar: Grammar | None = None
+    calls: bool = False
+    """True if the answer is a function call."""
+
+
+def template_of(llm: LLM) -> ChatTemplate:
+    """The model's chat template; ApiError 400 for a model that was not trained to converse."""
+    try:
+        return llm.template
+    except ValueError:
+        raise ApiError(
+            400,
+            "this model was not trained to converse: use /v1/completions, or start the server with --template",
+            code="no_chat_template",
+        ) from None
+
+
+def conversation(llm: LLM, messages: Sequence[Message], think: str | None = None) -> Prompt:
+    """The prompt of a conversation from its beginning."""
+    template = template_of(llm)
+    try:
+        return Prompt(render([message.turn() for message in messages], template, think), template.stops)
+    except ValueError as wrong:
+        raise ApiError(400, str(wrong), param="messages") from None
+
+
+def next_turn(llm: LLM, messages: Sequence[Message], think: str | None = None) -> Prompt:
+    """What is appended to a conversation whose last answer the state holds."""
+    template = template_of(llm)
+    from dataclasses import replace
+
+    try:
+        text = render([message.turn() for message in messages], replace(template, opening=()), think)
+    except ValueError as wrong:
+        raise ApiError(400, str(wrong), param="messages") from None
+    return Prompt(END_OF_TURN + text, template.stops)
+
+
+def chat_prompt(llm: LLM, asked: Chat, *, goes_on: bool) -> Prompt:
+    """The prompt of a chat request, with the form that its tools or its response format ask for."""
+    make = next_turn if goes_on else conversation
+    if not asked.tools or asked.tool_choice == "none":
+        return make(llm, asked.messages, asked.reasoning_effort)._replace(grammar=form(asked.response_format))
+    template = template_of(llm)
+    tools = [tool.model_dump() for tool in chosen(asked.tools, asked.tool_choice)]
+    try:
+        text = render([message.turn() for message in asked.messages], template, asked.reasoning_effort, tools)
+    except ValueError as wrong:
+        raise ApiError(400, str(wrong), param="tools") from None
+    # after a function's result the model answers in words, unless it is made to call
+    calls = asked.messages[-1].role != "tool" or asked.tool_choice != "auto"
+    if not calls:
+        return Prompt(text, template.stops, form(asked.response_format))
+    return Prompt(text, template.stops, call_grammar(tools), calls=True)
+
+
+def chosen(tools: list[Tool], choice: str | NamedTool) -> list[Tool]:
+    """The tools that may be called; ApiError where the one that is named is none of them."""
+    if isinstance(choice, str):
+        return tools
+    named = [tool for tool in tools if tool.function.name == choice.function.name]
+    if not named:
+        raise ApiError(400, f"tool_choice names {choice.function.name!r}, which is not in tools", param="tool_choice")
+    return named
+
+
+def call_grammar(tools: list[dict[str, Any]]) -> Grammar:
+    """JSON that calls one of the functions with arguments of its schema."""
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": tool["function"]["name"]}, "arguments": tool["function"]["parameters"]},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for tool in tools
+    ]
+    return json_schema(calls[0] if len(calls) == 1 else {"anyOf": calls})
+
+
+def form(asked: ResponseFormat | None) -> Grammar | None:
+    """The grammar of a response format."""
+    if asked is None or asked.type == "text":
+        return None
+    if asked.type == "json_object":
+        return json_schema({"type": "object"})
+    if asked.json_schema is None:
+        raise ApiError(400, "response_format of type json_schema needs json_schema.schema", param="response_format")
+    return json_schema(asked.json_schema.described)
+
+
+def tool_calls(text: str) -> list[dict[str, Any]] | None:
+    """OpenAI's description of the call in a constrained answer; None where the answer was cut before its end."""
+    try:
+        call = json.loads(text)
+        return [
+            {
+                "id": f"call_{secrets.token_hex(12)}",
+                "type": "function",
+                "function": {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)},
+            }
+        ]
+    except (ValueError, KeyError, TypeError):
+        return None
