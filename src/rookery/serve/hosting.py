@@ -1,6 +1,7 @@
 """A model that is served: its scheduler, its states, and the bridge from its thread to the event loop."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
@@ -62,10 +63,8 @@ class Hosted:
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
         def notify(_: Generation) -> None:
-            try:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(changed.set)
-            except RuntimeError:  # the loop is closed: nobody listens any more
-                pass
 
         try:
             generation = self.scheduler.submit(
