@@ -49,6 +49,7 @@ def create_app(
 
     app = FastAPI(title="Rookery", version=__version__, description=__doc__, lifespan=lifespan)
     app.state.models, app.state.draining, app.state.metrics = hosted, False, Metrics(hosted)
+    app.state.open = {}  # id of a streamed answer -> what writes it
     for module in (text, responses, other):
         app.include_router(module.routes)
 
@@ -98,6 +99,8 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def plain(_: Request, wrong: HTTPException) -> JSONResponse:
+        if isinstance(wrong.__cause__, ApiError):  # FastAPI wraps what happens while it reads a body
+            return shaped(wrong.__cause__)
         return shaped(ApiError(wrong.status_code, str(wrong.detail)))
 
     @app.exception_handler(Exception)

@@ -204,7 +204,7 @@ class Embeddings(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     model: str | None = None
-    input: Text | Annotated[list[Text], Field(min_length=1, max_length=2048)] | list[int] | list[list[int]]
+    input: Text | Annotated[list[Text] | list[int] | list[list[int]], Field(min_length=1, max_length=100_000)]
     encoding_format: Literal["float", "base64"] = "float"
 
 

@@ -64,8 +64,10 @@ async def gone(request: Request) -> None:
             return
 
 
-def events(chunks: AsyncIterator[dict[str, Any]], running: Sequence[Running]) -> Response:
+def events(request: Request, id: str, chunks: AsyncIterator[dict[str, Any]], running: Sequence[Running]) -> Response:
     """The chunks as server-sent events; an error in the middle is one, too."""
+    open_: dict[str, Sequence[Running]] = request.app.state.open
+    open_[id] = running
 
     async def lines() -> AsyncIterator[bytes]:
         try:
@@ -79,6 +81,7 @@ def events(chunks: AsyncIterator[dict[str, Any]], running: Sequence[Running]) ->
             yield format_sse_event(data_str=json.dumps(broken.body()))
             raise
         finally:
+            open_.pop(id, None)
             for one in running:
                 one.generation.cancel()
 
@@ -122,6 +125,14 @@ def token_text(model: Hosted, token: int) -> str:
     return model.llm.tokenizer.token_bytes(token).decode("utf-8", "replace")
 
 
+@routes.post("/cancel/{id}")
+async def cancel(id: str, request: Request) -> dict[str, Any]:
+    """Ends a streamed answer where it is; its last chunk comes as if it had ended by itself, with its state."""
+    for one in request.app.state.open.get(id, ()):
+        one.generation.cancel()
+    return {"id": id, "cancelled": id in request.app.state.open}
+
+
 # completions
 
 
@@ -139,7 +150,7 @@ async def completions(asked: Completion, request: Request) -> Response:
     head["model"] = model.name
     echoes = [prompt if asked.echo and isinstance(prompt, str) else "" for prompt in prompts for _ in range(asked.n)]
     if asked.stream:
-        return events(completion_chunks(model, asked, running, head, echoes), running)
+        return events(request, head["id"], completion_chunks(model, asked, running, head, echoes), running)
     texts = await finished(request, running)
     choices = [
         {
@@ -230,7 +241,7 @@ async def chat(asked: Chat, request: Request) -> Response:
     running = started(lambda i: start(model, asked, prompt.text, limit, i, **more), asked.n)
     head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model.name}
     if asked.stream:
-        return events(chat_chunks(model, asked, prompt, running, head), running)
+        return events(request, head["id"], chat_chunks(model, asked, prompt, running, head), running)
     texts = await finished(request, running)
     choices = []
     for i, (one, text) in enumerate(zip(running, texts)):

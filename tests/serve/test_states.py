@@ -1,0 +1,166 @@
+"""Kept states and the conversations that the server remembers."""
+
+import asyncio
+import json
+
+import pytest
+
+from rookery.serve.hosting import Limits
+from rookery.serve.schema import ApiError
+from rookery.serve.states import StateStore
+
+GREEDY = {"temperature": 0, "max_tokens": 8}
+
+
+def run(coroutine):
+    return asyncio.run(coroutine)
+
+
+def test_a_prompt_is_read_once_and_continued_many_times(make, llm):
+    async def ask():
+        async with make() as client:
+            state = (await client.post("/v1/states", json={"prompt": "Once upon a time"})).json()
+            assert state["tokens_seen"] == len(llm.tokenizer.encode("Once upon a time"))
+            assert state["bytes"] == llm.session().nbytes
+            for _ in range(2):
+                body = {"prompt": " there was a cat", "state": state["id"], **GREEDY}
+                text = (await client.post("/v1/completions", json=body)).json()["choices"][0]["text"]
+                session = llm.session()
+                session.feed("Once upon a time")
+                session.feed(" there was a cat")
+                assert text == session.generate(8, temperature=0)
+            go_on = {"prompt": "", "state": state["id"], **GREEDY}
+            text = (await client.post("/v1/completions", json=go_on)).json()["choices"][0]["text"]
+            assert text == llm.generate("Once upon a time", 8, temperature=0)
+
+    run(ask())
+
+
+def test_states_make_a_tree_that_can_be_rewound_exported_and_forgotten(make, llm, tmp_path):
+    async def ask():
+        async with make() as client:
+            root = (await client.post("/v1/states", json={"prompt": "One day"})).json()
+            leaf = (await client.post("/v1/states", json={"prompt": ", a dog ran", "state": root["id"]})).json()
+            assert leaf["parent"] == root["id"]
+            twin = (await client.post(f"/v1/states/{leaf['id']}/fork")).json()
+            assert (twin["parent"], twin["tokens_seen"]) == (leaf["id"], leaf["tokens_seen"])
+            back = await client.post(f"/v1/states/{twin['id']}/rewind", json={"tokens_seen": root["tokens_seen"]})
+            assert back.json()["id"] == root["id"]
+            assert (await client.post(f"/v1/states/{twin['id']}/rewind", json={"tokens_seen": 0})).status_code == 404
+            listed = (await client.get("/v1/states")).json()
+            assert [state["id"] for state in listed["data"]] == [root["id"], leaf["id"], twin["id"]]
+            norms = (await client.get(f"/v1/states/{leaf['id']}/picture")).json()["norms"]
+            assert len(norms) == 4
+            assert all(len(heads) == 4 and min(heads) > 0 for heads in norms)
+
+            file = (await client.get(f"/v1/states/{leaf['id']}/file")).content
+            (tmp_path / "leaf.state").write_bytes(file)
+            assert llm.session(tmp_path / "leaf.state").tokens_seen == leaf["tokens_seen"]
+            again = (await client.post("/v1/states/import", content=file)).json()
+            body = {"prompt": "", **GREEDY}
+            texts = [
+                (await client.post("/v1/completions", json=body | {"state": s})).json()["choices"][0]["text"]
+                for s in (leaf["id"], again["id"])
+            ]
+            assert texts[0] == texts[1]
+
+            assert (await client.delete(f"/v1/states/{leaf['id']}")).json()["deleted"]
+            assert (await client.get(f"/v1/states/{leaf['id']}")).status_code == 404
+
+    run(ask())
+
+
+@pytest.mark.parametrize("damage", ["nothing", "half", "noise"])
+def test_a_damaged_state_is_refused(make, damage):
+    async def ask():
+        async with make() as client:
+            id = (await client.post("/v1/states", json={"prompt": "One day"})).json()["id"]
+            file = (await client.get(f"/v1/states/{id}/file")).content
+            bad = {"nothing": b"", "half": file[: len(file) // 2], "noise": bytes(reversed(file))}[damage]
+            reply = await client.post("/v1/states/import", content=bad)
+            assert reply.status_code == 400
+            assert "the file" in reply.json()["error"]["message"]
+            assert "/" not in reply.json()["error"]["message"].replace("and/or", "")
+
+    run(ask())
+
+
+def test_ids_that_are_paths_find_nothing(make):
+    async def ask():
+        async with make() as client:
+            for id in ("../../etc/passwd", "..%2f..%2fetc%2fpasswd", "%00", "a" * 5000):
+                for part in ("", "/file", "/picture"):
+                    assert (await client.get(f"/v1/states/{id}{part}")).status_code == 404
+
+    run(ask())
+
+
+def test_the_least_recently_used_state_makes_room(llm):
+    size = llm.session().nbytes
+    store = StateStore(llm, 3 * size, 60)
+    ids = [store.keep(llm.session(), None, "").id for _ in range(3)]
+    store.get(ids[0])
+    store.keep(llm.session(), None, "")
+    assert len(store) == 3
+    with pytest.raises(ApiError, match="may have expired or made room"):
+        store.get(ids[1])
+    assert store.get(ids[0]).id == ids[0]
+    with pytest.raises(ApiError, match="the server keeps 10 in all"):
+        StateStore(llm, 10, 60).keep(llm.session(), None, "")
+
+
+def test_an_unused_state_expires(llm):
+    store = StateStore(llm, 1 << 30, 0.0)
+    id = store.keep(llm.session(), None, "").id
+    with pytest.raises(ApiError, match="no state"):
+        store.get(id)
+
+
+# responses
+
+
+def test_a_response_remembers_what_was_said(make, llm):
+    async def ask():
+        async with make() as client:
+            session = llm.session()
+            want = [session.say("Hello", 8, system="Be kind.", seed=1), session.say("More", 8, seed=2)]
+            body = {"input": "Hello", "instructions": "Be kind.", "max_output_tokens": 8, "seed": 1}
+            first = (await client.post("/v1/responses", json=body)).json()
+            assert first["status"] == "incomplete"
+            assert first["incomplete_details"] == {"reason": "max_output_tokens"}
+            body = {"input": "More", "max_output_tokens": 8, "seed": 2, "previous_response_id": first["id"]}
+            second = (await client.post("/v1/responses", json=body)).json()
+            assert [r["output"][0]["content"][0]["text"] for r in (first, second)] == want
+            assert (await client.get(f"/v1/responses/{second['id']}")).json()["parent"] == first["id"]
+            body |= {"store": False}
+            unkept = (await client.post("/v1/responses", json=body)).json()
+            assert (await client.get(f"/v1/responses/{unkept['id']}")).status_code == 404
+
+    run(ask())
+
+
+def test_the_events_of_a_response_add_up_to_it(make, llm):
+    async def ask():
+        async with make() as client:
+            body = {"input": "Hello", "max_output_tokens": 8, "seed": 1, "stream": True}
+            found = []
+            async with client.stream("POST", "/v1/responses", json=body) as reply:
+                async for line in reply.aiter_lines():
+                    if line.startswith("data: "):
+                        found.append(json.loads(line.removeprefix("data: ")))
+            assert [event["sequence_number"] for event in found] == list(range(len(found)))
+            assert [found[0]["type"], found[-1]["type"]] == ["response.created", "response.incomplete"]
+            text = "".join(event["delta"] for event in found if event["type"] == "response.output_text.delta")
+            assert text.strip() == llm.session().say("Hello", 8, seed=1)
+            assert found[-1]["response"]["output"][0]["content"][0]["text"] == text
+
+    run(ask())
+
+
+def test_limits_hold_for_states(make):
+    async def ask():
+        async with make(limits=Limits(states=1000)) as client:
+            reply = await client.post("/v1/states", json={"prompt": "x"})
+            assert reply.status_code == 507
+
+    run(ask())
