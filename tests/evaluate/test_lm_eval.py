@@ -54,6 +54,15 @@ def test_generation_ends_before_a_stop_string(model):
     assert cut == whole.split(stop)[0]
 
 
+def test_answers_that_are_written_together_are_those_written_alone(model):
+    lm = RookeryLM(model, budget=7)
+    options = [{"max_gen_toks": n} for n in (0, 3, 9, 5)]
+    requests = [asked("generate_until", text, o) for text, o in zip(("abc", "a longer context", "", "x"), options)]
+    together = lm.generate_until(requests)
+    assert together == [lm.generate_until([request])[0] for request in requests]
+    assert together[0] == ""
+
+
 def test_sampling_is_refused(model):
     with pytest.raises(ValueError, match="answers greedily"):
         RookeryLM(model).generate_until([asked("generate_until", "a", {"do_sample": True, "temperature": 0.7})])

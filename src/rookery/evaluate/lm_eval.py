@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rookery.errors import MissingDependency
 from rookery.evaluate.scoring import Request, Scorer
 from rookery.models import load
 from rookery.nn.language_model import LanguageModel
+from rookery.state import State, cat
 from rookery.tokenizers import Tokenizer
 from rookery.tokenizers.pairing import resolve
 
@@ -26,6 +28,10 @@ try:
     from lm_eval.api.registry import register_model
 except ImportError:
     raise MissingDependency('this needs lm-eval: pip install "rookery[eval]"') from None
+
+
+AT_ONCE = 32
+"""Answers that are written together."""
 
 
 @register_model("rookery")
@@ -104,32 +110,74 @@ class RookeryLM(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """What the model says behind each context, up to the first of the request's stop strings."""
-        return [self._generate(*request.args) for request in requests]
+        answers: list[str] = []
+        for part in _few([request.args for request in requests], AT_ONCE):
+            answers += self._generate(part)
+        return answers
 
     @torch.inference_mode()
-    def _generate(self, context: str, options: dict[str, Any]) -> str:
-        until = options.get("until") or []
-        until = [until] if isinstance(until, str) else list(until)
-        if options.get("do_sample") and options.get("temperature", 0):
-            raise ValueError("this model answers greedily: tasks that sample (do_sample) are not supported")
+    def _generate(self, asked: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+        """Answers to several requests, which are written together; one that is done leaves the batch."""
+        answers = [Answer(self.tokens, options, self.max_gen_toks) for _, options in asked]
+        contexts = [self._begun(self.tok_encode(context)) for context, _ in asked]
+        features, state = self._read(contexts)
+        rows = list(range(len(asked)))
+        while True:
+            tokens = self.model.head(features).argmax(dim=-1).tolist()
+            going = [i for i, (row, token) in enumerate(zip(rows, tokens)) if answers[row].goes_on(token)]
+            if not going:
+                return [answer.text for answer in answers]
+            if len(going) < len(rows):
+                rows, tokens, state = [rows[i] for i in going], [tokens[i] for i in going], state.select(going)
+            following = torch.tensor(tokens, device=features.device)[:, None]
+            features, state = self.model.features(following, state, None)
+            features = features[:, -1]
+
+    def _read(self, contexts: Sequence[Sequence[int]]) -> tuple[Tensor, State]:
+        """Features of the last token of each context [n, c], and their states, one context at a time."""
         device = next(self.model.parameters()).device
-        following, state, said = self._begun(self.tok_encode(context)), None, []
-        for _ in range(int(options.get("max_gen_toks", self.max_gen_toks))):
-            features, state = self.model.features(torch.tensor([following], device=device), state, None)
-            token = int(self.model.head(features[0, -1]).argmax())
-            if token == self.eot_token_id:
-                break
-            said.append(token)
-            following = [token]
-            text = self.tokens.decode(said)
-            if any(stop and stop in text for stop in until):
-                break
-        text = self.tokens.decode(said)
-        for stop in filter(None, until):
-            text = text.split(stop)[0]
-        return text
+        features, states = [], []
+        for context in contexts:
+            state = None
+            for piece in _few(context, self.scorer.budget):
+                found, state = self.model.features(torch.tensor([piece], device=device), state, None)
+            features.append(found[0, -1])
+            states.append(state)
+        return torch.stack(features), cat(states)
 
     def _begun(self, context: Sequence[int]) -> list[int]:
         """The context behind the token that ends a text; lm-eval puts it there itself where there is no context."""
         begin = self.eot_token_id
         return list(context) if context and context[0] == begin else [begin, *context]
+
+
+class Answer:
+    """What has been said to one request so far."""
+
+    def __init__(self, tokenizer: Tokenizer, options: dict[str, Any], most: int) -> None:
+        if options.get("do_sample") and options.get("temperature", 0):
+            raise ValueError("this model answers greedily: tasks that sample (do_sample) are not supported")
+        until = options.get("until") or []
+        self.tokenizer = tokenizer
+        self.until = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+        self.left = int(options.get("max_gen_toks", most))
+        self.said: list[int] = []
+
+    def goes_on(self, token: int) -> bool:
+        """Takes the next token; whether another one is wanted."""
+        if token == self.tokenizer.eos_id or self.left == 0:
+            return False
+        self.said.append(token)
+        self.left -= 1
+        whole = self.tokenizer.decode(self.said)
+        return self.left > 0 and not any(stop in whole for stop in self.until)
+
+    @property
+    def text(self) -> str:
+        """The answer before its first stop string."""
+        text = self.tokenizer.decode(self.said)
+        return min((text.split(stop)[0] for stop in self.until), key=len, default=text)
+
+
+def _few(items: Sequence[Any], most: int) -> list[Sequence[Any]]:
+    return [items[i : i + most] for i in range(0, len(items), most)]
