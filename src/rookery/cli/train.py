@@ -52,7 +52,14 @@ def run_recipe(given: argparse.Namespace, default: str) -> int:
     from rookery.train.memory import keep_freed_memory
 
     keep_freed_memory()
+    many = "LOCAL_RANK" in os.environ  # torchrun has started this process and others
+    if many:
+        from rookery.train.parallel import start, stop
+
+        start(int(os.environ["LOCAL_RANK"]))
     result = train(config)
+    if many:
+        stop()
     if result.signal is not None:
         print(f"stopped at step {result.step}; the same command continues", file=sys.stderr)
         return 128 + result.signal

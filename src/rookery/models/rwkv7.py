@@ -23,6 +23,8 @@ class TimeMix(nn.Module):
 
     removal = 1.0
     """Factor of what is removed from the state: 2, in a subclass, lets the transition reach the eigenvalue −1."""
+    recurrence = staticmethod(wkv7)
+    """What takes the place of `wkv7` where a row's tokens are on several devices."""
 
     def __init__(self, config: RWKV7Config, layer: int) -> None:
         super().__init__()
@@ -83,7 +85,7 @@ class TimeMix(nn.Module):
         if self.removal != 1.0:
             b = b * self.removal
         r, v = r.unflatten(-1, (-1, head_dim)), v.unflatten(-1, (-1, head_dim))
-        y, wkv = wkv7(r=r, log_w=log_w, k=k, v=v, a=a, b=b, state=wkv, cu_seqlens=cu_seqlens)
+        y, wkv = self.recurrence(r=r, log_w=log_w, k=k, v=v, a=a, b=b, state=wkv, cu_seqlens=cu_seqlens)
         norm = self.ln_x
         y = wkv7_output(y=y, r=r, k=k, v=v, gate=gate, r_k=self.r_k, weight=norm.weight, bias=norm.bias, eps=norm.eps)
         return self.output(y), wkv, v_first

@@ -108,8 +108,16 @@ class TrainConfig:
     """Checkpoints kept."""
     validate_every: int = 200
     """Steps between measurements on the held-out text; 0 for none."""
+    piece_length: int = 0
+    """Tokens of a row that go through the model at a time, the state carried on: long rows in little memory; 0 for all.
+    """
+    piece_gradient: Literal["cut", "through"] = "cut"
+    """Whether gradients end where a piece begins (truncated backpropagation) or are those of whole rows, for the time
+    of one more reading."""
+    context_parallel: int = 1
+    """Processes that share each row, with a part of its length each."""
     recompute: bool = False
-    """Whether to keep only what goes into each block and compute the rest again in the backward pass: less memory."""
+    """Whether to keep only what goes into each mixer and compute the rest again in the backward pass: less memory."""
     compile: str = ""
     """Backend of torch.compile, for example "inductor"; empty for none."""
     bad_steps: int = 10
@@ -123,10 +131,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name in ("steps", "batch_size", "accumulate", "save_every", "keep", "bad_steps"):
+        for name in ("steps", "batch_size", "accumulate", "context_parallel", "save_every", "keep", "bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         check_choices(self.data)
+        if self.piece_length < 0:
+            raise ValueError(f"piece_length must be 0 or more, got {self.piece_length}")
+        if self.piece_length and self.context_parallel > 1:
+            raise ValueError("rows are cut in pieces (piece_length) or shared (context_parallel), not both")
         if not 0 <= self.data.validation_share < 1:
             raise ValueError(f"data.validation_share must lie in [0, 1), got {self.data.validation_share}")
 

@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from rookery.errors import RookeryError
 from rookery.train.checkpoint import newest_step, restore, save_checkpoint, save_sharded
 from rookery.train.config import TrainConfig
+from rookery.train.long_context import share_sequences
 from rookery.train.optim import Optimizer, learning_rate
-from rookery.train.parallel import Place, blocks_of, device_of, moved, shard, whole
+from rookery.train.parallel import Place, blocks_of, device_of, moved, shard, units_of, whole
 from rookery.train.tasks.base import Task
 from rookery.train.track import Console, Metrics, Silent
 
@@ -90,20 +91,26 @@ def train(config: TrainConfig) -> Result:
 
 def prepare(config: TrainConfig) -> Run:
     """Model, optimiser and data of a run that has not begun."""
-    place, device = Place.here(), device_of(config.device)
+    place, device = Place.here(config.context_parallel), device_of(config.device)
     module, _, name = config.task.partition(":")
     task = getattr(importlib.import_module(module), name)(config)
     task.model.to(device)
     task.trained.to(device)
-    if config.recompute or config.compile:
+    if config.recompute:
+        for unit in units_of(task.model):
+            unit.forward = partial(checkpoint, unit.forward, use_reentrant=False)
+    if config.compile:
         for block in blocks_of(task.model):
-            if config.recompute:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-            if config.compile:
-                block.compile(backend=config.compile)
+            block.compile(backend=config.compile)
     dtype = task.dtype
     if place.world > 1:
-        task.split(task.batch(1), place.groups)  # refuses before weights are cut
+        if task.trained is not task.model or not all(p.requires_grad for p in task.model.parameters()):
+            raise TrainingFailed("several processes train all weights of a model so far; run this on one process")
+        for part, _ in task.split(task.batch(1), place.groups * config.accumulate):  # refuses before weights are cut
+            if place.context > 1:
+                task.segment(part, place.part, place.context)
+        if place.context > 1:
+            share_sequences(task.model, place.context_group(device))
         shard(task.model, dtype, device)
         dtype = torch.float32  # FSDP gathers in the run's dtype; what is kept is float32
     return Run(config, task, Optimizer(task.trained, config.optim, dtype), device, place)
@@ -170,6 +177,8 @@ def one_step(run: Run, out: Path) -> dict[str, Any]:
     parts = task.split(batch, place.groups * config.accumulate)
     totals: dict[str, float] = {}
     for piece, weight in parts[place.group * config.accumulate :][: config.accumulate]:
+        if place.context > 1:
+            piece, weight = task.segment(piece, place.part, place.context), weight / place.context
         # what is averaged over processes must have been multiplied by their number to be the sum
         for name, value in task.backward(moved(piece, run.device), weight * place.world).items():
             totals[name] = totals.get(name, 0.0) + weight * value.item()

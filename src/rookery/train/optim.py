@@ -27,7 +27,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
             continue
         if "att.w0" in name:
             groups["fast"].append(parameter)
-        elif parameter.squeeze().dim() >= 2 and ".weight" in name:
+        elif sum(length > 1 for length in parameter.shape) >= 2 and ".weight" in name:
             groups["decayed"].append(parameter)
         else:
             groups["plain"].append(parameter)
@@ -148,8 +148,8 @@ class Optimizer:
         return {"masters": [m.detach() for m in self.masters], "inner": [o.state_dict() for o in self.inner]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        with torch.no_grad():
-            torch._foreach_copy_([m.detach() for m in self.masters], state["masters"])
+        for master, stored in zip(self.masters, state["masters"], strict=True):
+            master.detach().copy_(stored)
         self._publish()
         for optimizer, inner in zip(self.inner, state["inner"], strict=True):
             optimizer.load_state_dict(inner)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,13 @@ class Place:
         """Which part of the sequences is this process's."""
         return self.rank % self.context
 
+    def context_group(self, device: torch.device) -> dist.ProcessGroup:
+        """The processes that this one shares sequences with. All processes must call this."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        mesh = init_device_mesh(device.type, (self.groups, self.context), mesh_dim_names=("rows", "context"))
+        return mesh.get_group("context")
+
     def sum(self, values: list[float], device: torch.device) -> list[float]:
         """Sums over all processes; what was given where there is one."""
         if self.world == 1:
@@ -62,6 +70,8 @@ class Place:
 
 def start(local_rank: int) -> None:
     """Joins the processes that torchrun started, over nccl where there are GPUs, taking that of `local_rank`."""
+    # a mixer's output is a view here and there; the warning is about writing into it, which the blocks do not
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank)
@@ -95,10 +105,23 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
     raise ValueError(f"{type(model).__name__} has neither `blocks` nor `layers`: it cannot be cut into pieces")
 
 
+def units_of(model: nn.Module) -> list[nn.Module]:
+    """What is gathered, or computed again, at a time: the mixers of every block.
+
+    Not the block: RWKV's first one holds a norm that is called before it.
+    """
+    return [
+        part
+        for block in blocks_of(model)
+        for part in block.children()
+        if sum(p.numel() for p in part.parameters()) and not isinstance(part, nn.LayerNorm | nn.RMSNorm)
+    ]
+
+
 def shard(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Cuts every weight of a float32 model over all processes, in place (FSDP2).
 
-    Blocks are gathered in `dtype` when they compute; gradients are averaged over the processes in float32.
+    Mixers are gathered in `dtype` when they compute; gradients are averaged over the processes in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -106,9 +129,9 @@ def shard(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     # inputs are not cast: recurrent states are float32 whatever the model computes in
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in blocks_of(model):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    # what belongs to no block (embedding, last norm, head) stays whole from the forward to the backward pass
+    for unit in units_of(model):
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    # the rest (embedding, norms, head) stays whole from the forward to the backward pass
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     register_fsdp_forward_method(model, "features")
 

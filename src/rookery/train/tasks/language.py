@@ -25,6 +25,8 @@ from rookery.tokenizers import Tokenizer, load_tokenizer
 from rookery.tokenizers.pairing import NAMES as SHIPPED_TOKENIZERS
 from rookery.tokenizers.trie import TrieTokenizer
 from rookery.train.config import DataConfig, TrainConfig
+from rookery.train.long_context import backward_in_pieces
+from rookery.train.parallel import Place, moved
 from rookery.train.tasks.base import Task
 from rookery.train.tasks.sft import sft_loss
 
@@ -74,6 +76,25 @@ class LanguageTask(Task):
             return {"loss": sft_loss(self.model, batch, self.config.l2wrap)}
         return {"loss": language_loss(self.model, *batch, self.config.l2wrap)}
 
+    def backward(self, batch: Batch, weight: float) -> dict[str, Tensor]:
+        config = self.config
+        if not config.piece_length:
+            return super().backward(batch, weight)
+        if isinstance(batch, PackedBatch):
+            raise ValueError('documents (data.order="documents") are not cut: use piece_length=0')
+        through = config.piece_gradient == "through"
+        settings = {"through": through, "weight": weight, "l2wrap": config.l2wrap}
+        return {"loss": backward_in_pieces(self.model, *batch, config.piece_length, **settings)}
+
+    def segment(self, batch: Batch, index: int, parts: int) -> Batch:
+        if isinstance(batch, PackedBatch):
+            return super().segment(batch, index, parts)
+        if batch[0].shape[1] % parts:
+            tokens = batch[0].shape[1]
+            raise ValueError(f"rows of {tokens} tokens cannot be shared by context_parallel={parts} processes")
+        inputs, targets = (half.chunk(parts, dim=1)[index] for half in batch)
+        return inputs, targets
+
     def split(self, batch: Batch, parts: int) -> list[tuple[Batch, float]]:
         if isinstance(batch, PackedBatch):
             return parted(batch, parts)
@@ -91,8 +112,13 @@ class LanguageTask(Task):
         if len(corpus.tokens) <= length:
             return {}
         inputs, targets = validation_rows(corpus, length)
-        rows = zip(inputs.split(self.config.batch_size), targets.split(self.config.batch_size))
-        total = sum(float(language_loss(self.model, *pair)) * pair[0].shape[0] for pair in rows)
+        place, device = Place.here(self.config.context_parallel), self.model.head.weight.device
+        total = 0.0
+        for pair in zip(inputs.split(self.config.batch_size), targets.split(self.config.batch_size)):
+            rows = pair[0].shape[0]
+            part = moved(self.segment(pair, place.part, place.context), device)
+            # the mean over the processes, each of which has all rows or its part of each
+            total += place.sum([float(language_loss(self.model, *part)) * rows / place.world], device)[0]
         loss = total / inputs.shape[0]
         # the corpus has an end-of-text token more than it has characters for, which the model must predict as well
         if not corpus.characters:

@@ -1,0 +1,145 @@
+"""Rows longer than memory: in pieces one after the other, or in parts on several processes. The state connects them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rookery.nn.language_model import LanguageModel
+from rookery.ops.linear_cross_entropy import linear_cross_entropy
+from rookery.ops.wkv7 import wkv7
+from rookery.state import State
+
+
+def backward_in_pieces(
+    model: LanguageModel,
+    inputs: Tensor,
+    targets: Tensor,
+    length: int,
+    *,
+    through: bool = False,
+    weight: float = 1.0,
+    l2wrap: float = 0.0,
+) -> Tensor:
+    """Adds the gradients of weight × mean cross-entropy of rows [b, t] read `length` tokens at a time; gives the mean.
+
+    Only one piece's activations are held at a time. The state is carried from piece to piece. Without `through` no
+    gradient crosses a border (truncated backpropagation). With it the gradients are those of whole rows: a first
+    reading keeps the states at the borders, a second one goes from the last piece to the first and hands the gradient
+    of each piece's start state to the one before.
+    """
+    pieces = list(zip(inputs.split(length, 1), targets.split(length, 1)))
+    shares = [piece.shape[1] / inputs.shape[1] for piece, _ in pieces]
+
+    def loss(features: Tensor, wanted: Tensor) -> Tensor:
+        return linear_cross_entropy(
+            features=features.flatten(0, 1), weight=model.head.weight, targets=wanted.flatten(), l2wrap=l2wrap
+        )
+
+    total = inputs.new_zeros((), dtype=torch.float32)
+    if not through:
+        state = None
+        for (piece, wanted), share in zip(pieces, shares):
+            features, state = model.features(piece, state, None)
+            found = loss(features, wanted)
+            (found * (share * weight)).backward()
+            total += found.detach() * share
+            state = state.detach()
+        return total
+
+    starts: list[State | None] = [None]
+    with torch.no_grad():
+        for piece, _ in pieces[:-1]:
+            starts.append(model.features(piece, starts[-1], None)[1])
+    after: dict[str, Tensor] = {}
+    for (piece, wanted), share, start in reversed(list(zip(pieces, shares, starts))):
+        start = start and start.map(_leaf)
+        features, end = model.features(piece, start, None)
+        found = loss(features, wanted)
+        total += found.detach() * share
+        ends = {name: t for name, t in end.tensors().items() if name in after and t.requires_grad}
+        torch.autograd.backward([found, *ends.values()], [found.new_tensor(share * weight), *(after[n] for n in ends)])
+        if start:
+            after = {name: t.grad for name, t in start.tensors().items() if t.grad is not None}
+    return total
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.is_floating_point())
+
+
+class _Gather(torch.autograd.Function):
+    """The tensors of all processes of a group, stacked; the gradient of each comes back from all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(tensor) for _ in range(group.size())]
+        dist.all_gather(parts, tensor.contiguous(), group)
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad[ctx.group.rank()], None
+
+
+def share_sequences(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """Makes an RWKV-7 read each row as parts on the processes of `group`, in the order of their ranks, in place.
+
+    Every process gives the model its own part of the tokens, no state, and all parts must be of one length. What a
+    process needs of those before it are the last inputs of each token shift and the state at its start. The end state
+    of a part is linear in its start state, S_end = S_start P + C (core.md 1.5), so that all processes work at once:
+    each computes P and C of its part, all exchange them, and each puts together the start it needs. Raises ValueError
+    for other families.
+    """
+    if model.family != "rwkv7":
+        raise ValueError(f"context_parallel works with rwkv7 so far, not with {model.family}")
+    for block in model.blocks:
+        block.att.recurrence = partial(parallel_wkv7, group=group)
+        for mix in (block.att, block.ffn):
+            mix.register_forward_pre_hook(partial(_shift_from_before, group=group))
+
+
+def _shift_from_before(_module: nn.Module, args: tuple, group: dist.ProcessGroup) -> tuple:
+    x, shift, *rest = args
+    last = _Gather.apply(x[:, -1], group)
+    # every process uses what was gathered, be it times 0: the gradient's exchange needs all of them
+    before = torch.zeros(group.size(), 1, 1, dtype=x.dtype, device=x.device)
+    if group.rank():
+        before[group.rank() - 1] = 1
+    return (x, (last * before).sum(0).to(shift.dtype), *rest)
+
+
+def parallel_wkv7(
+    *,
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    group: dist.ProcessGroup,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`wkv7` on this process's part of the rows, begun where the parts before it end; `state` must be zero."""
+    if cu_seqlens is not None:
+        raise ValueError("packed documents cannot be shared among processes; use context_parallel=1")
+    rows, _, heads, width = k.shape
+    identity = torch.eye(width, dtype=state.dtype, device=state.device).expand(rows, heads, width, width)
+    nothing = torch.zeros_like(k)
+    # what the part makes of a start state (P), and what it ends with from none (C)
+    _, passed = wkv7(r=nothing, log_w=log_w, k=nothing, v=nothing.to(v.dtype), a=a, b=b, state=identity.contiguous())
+    _, added = wkv7(r=r, log_w=log_w, k=k, v=v, a=a, b=b, state=state)
+    parts = _Gather.apply(torch.cat([passed, added], dim=2), group)
+    for rank in range(group.size()):
+        after = state @ parts[rank, :, :, :width] + parts[rank, :, :, width:]
+        before_this = torch.tensor(rank < group.rank(), device=state.device)
+        state = torch.where(before_this, after, state)
+    return wkv7(r=r, log_w=log_w, k=k, v=v, a=a, b=b, state=state)
