@@ -176,7 +176,9 @@ def _backward(
         # zeros for blocks without a token
         parts = state.new_zeros(plan.blocks[0] // r.shape[2], *u.shape)
         found = grad_y, states, grad_states, plan.table
-        gradients[plan.blocks](r, log_w, k, v, u, *found, *grads, parts, **plan.settings)
+        # its tiles do not fit into the registers of four warps
+        settings = plan.settings | {"num_warps": 8}
+        gradients[plan.blocks](r, log_w, k, v, u, *found, *grads, parts, **settings)
     return *grads, parts.sum(0).to(u.dtype), grad_state
 
 
