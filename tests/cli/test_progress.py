@@ -22,8 +22,8 @@ def shown(monkeypatch, stream, times):
 
 def test_a_terminal_gets_one_line_that_is_written_over(monkeypatch):
     text = shown(monkeypatch, Terminal(), [0, 1, 1.01, 2])
-    assert text == "\r\x1b[K1 of 4 MB, 25%, fine\r\x1b[K3 of 4 MB, 75%, fine, 1 s left\r\x1b[K"
+    assert text == "\r\x1b[K1.0 of 4.0 MB, 25%, fine\r\x1b[K3.0 of 4.0 MB, 75%, fine, 1 s left\r\x1b[K"
 
 
 def test_a_pipe_gets_a_plain_line_now_and_then(monkeypatch):
-    assert shown(monkeypatch, io.StringIO(), [0, 1, 11, 12]) == "2 of 4 MB, 50%, fine, 22 s left\n"
+    assert shown(monkeypatch, io.StringIO(), [0, 1, 11, 12]) == "2.0 of 4.0 MB, 50%, fine, 22 s left\n"

@@ -12,7 +12,7 @@ from rookery.engine.runners.torch import TorchRunner
 from rookery.engine.sampling import log_softmax
 from rookery.models import save_model
 
-VOCAB = 5
+VOCAB = 4
 
 
 def logprob(llm, prompt, text):

@@ -25,7 +25,9 @@ class Progress:
         self.shown = now
         rate = (done - self.begun) / max(now - self.started, 1e-9)
         left = f", {(total - done) / rate:.0f} s left" if rate > 0 else ""
-        share = f"{done / self.scale:,.0f} of {total / self.scale:,.0f} {self.unit}, {100 * done / max(total, 1):.0f}%"
+        digits = 0 if self.scale == 1 else 1
+        counts = f"{done / self.scale:,.{digits}f} of {total / self.scale:,.{digits}f}"
+        share = f"{counts} {self.unit}, {100 * done / max(total, 1):.0f}%"
         print(self._line(f"{share}{note}{left}"), end="" if self.terminal else "\n", file=sys.stderr, flush=True)
 
     def _line(self, text: str) -> str:
