@@ -73,7 +73,7 @@ def test_lora_of_rwkv_peft_is_scaled_by_alpha_over_rank(tmp_path, base):
     path = pth(tmp_path / "rwkv-0.pth", tensors)
     merged = check(base, path, expected, alpha=32)
     assert merged.dtype == open_checkpoint(base).dtype
-    with pytest.raises(BadCheckpoint, match=r"does not say the alpha of its LoRA; name it with adapter_alpha= or"):
+    with pytest.raises(BadCheckpoint, match=r"does not say the alpha of its LoRA; name it with --adapter-alpha"):
         adapted(open_checkpoint(base), path)
 
 

@@ -25,7 +25,8 @@ def test_an_adapter_is_recognised_and_told_what_base_it_needs(tmp_path):
         open_checkpoint(tmp_path / "lora.pth")
     assert str(refusal.value) == (
         f"{str(tmp_path / 'lora.pth')!r}: this is an adapter (12 tensors, as 'blocks.0.att.key.lora_A'), not a model: "
-        "it changes a base model of 3 layers and width 64; give that model's file"
+        "it changes a base model of 3 layers and width 64; give that model's file, and this one as its adapter "
+        "(--adapter)"
     )
 
 

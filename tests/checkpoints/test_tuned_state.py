@@ -186,6 +186,10 @@ def test_what_is_no_tuned_state_is_refused(tmp_path, model):
     torch.save({"a": torch.ones(2)}, tmp_path / "a.pth")
     with pytest.raises(BadState, match="holds no tuned state: tensors named 'blocks.0.att.time_state' are missing"):
         read_tuned_state(tmp_path / "a.pth")
+    with pytest.raises(BadState, match="holds no tuned state: tensors named 'blocks.0.att.time_state' are missing"):
+        State.load(tmp_path / "a.pth", model)
+    with pytest.raises(BadState, match="there is no state file"):
+        State.load(tmp_path / "absent.pth", model)
     assert find_tuned_state(tmp_path / "absent") is None
     with pytest.raises(BadState, match="there is no state file"):
         State.load(tmp_path / "absent", model)

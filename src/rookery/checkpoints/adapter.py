@@ -71,8 +71,9 @@ class Adapter:
             alpha = special if module == pattern or module.endswith("." + pattern) else alpha
         if not isinstance(alpha, int | float):
             raise self.fail(
-                "the file does not say the alpha of its LoRA; name it with adapter_alpha= or --adapter-alpha "
-                "(what RWKV-PEFT was given as lora_alpha, 32 unless changed), or put init_pissa.pth beside a PiSSA"
+                "the file does not say the alpha of its LoRA; name it with --adapter-alpha (adapter_alpha=; --alpha of "
+                "`rookery merge`): what RWKV-PEFT was given as lora_alpha, 32 unless changed. A PiSSA needs "
+                "init_pissa.pth beside it instead"
             )
         return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 

@@ -20,14 +20,14 @@ def explain_part(tensors: Mapping[str, Stored], where: str) -> str | None:
     if marked:
         return (
             f"this is an adapter ({len(marked)} tensors, as {short(marked[0])}), not a model: it changes "
-            f"{_base(tensors, marked, where)}; give that model's file"
+            f"{_base(tensors, marked, where)}; give that model's file, and this one as its adapter (--adapter)"
         )
     states = [name for name in tensors if name.endswith("time_state")]
     if states and len(states) == len(tensors):
         heads = " × ".join(map(str, tensors[states[0]].shape))
         return (
             f"this is a tuned state ({len(states)} layers of {heads}), not a model; "
-            "give the model's file, and this one as its state"
+            "give the model's file, and this one as its state (--state)"
         )
     return None
 

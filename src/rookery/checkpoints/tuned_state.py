@@ -112,7 +112,8 @@ def start_arrays(
     `fresh` gives the arrays of the state before the first token; `family`, `config` and `model` (its fingerprint) say
     which model asks. BadState for another model's.
     """
-    tuned = find_tuned_state(path)
+    ours = Path(path).suffix not in (".pth", ".pt", ".st")  # endings of other programs: say what these lack
+    tuned = find_tuned_state(path) if ours or not os.path.exists(path) else read_tuned_state(path)
     if tuned is None:
         return read_state(path, model=model)
     return tuned.onto(fresh(), family=family, config=config, model=model)
