@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := torch
+EXTRAS := torch,train,series,serve
 
 .PHONY: help demo test lint docs budget bench-train bench-inference sanitize test-arm clean
 .DEFAULT_GOAL := help
@@ -72,6 +72,6 @@ $(VENV)/.built: $(BIN)/python pyproject.toml constraints.txt $(NATIVE)
 
 $(VENV)/.tested-tools: $(VENV)/.built
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[$(EXTRAS)]" \
-		pytest pytest-xdist hypothesis ruff import-linter mkdocs-material matplotlib \
+		pytest pytest-xdist hypothesis ruff import-linter mkdocs-material httpx openai \
 		"triton; platform_system == 'Linux' and platform_machine == 'x86_64'"
 	@touch $@
