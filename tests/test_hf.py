@@ -141,6 +141,9 @@ def test_the_loss_is_that_of_the_next_token(wrapped, model):
         loss = wrapped(TOKENS, labels=TOKENS).loss
         logits = model(TOKENS)[0]
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits[0, :-1], TOKENS[0, 1:]))
+    wrapped(TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+    assert all(parameter.grad is not None for parameter in wrapped.parameters())
+    wrapped.zero_grad()
     assert wrapped(TOKENS, logits_to_keep=2).logits.shape[1] == 2
     assert isinstance(wrapped(TOKENS, return_dict=False), tuple)
 
@@ -164,6 +167,39 @@ def test_a_new_model_comes_from_our_config_alone(hf, model):
     assert fresh(TOKENS).logits.isfinite().all()
     with pytest.raises(ValueError, match=r"cannot be made from a config of type 'rookery': make it with"):
         hf.RookeryForCausalLM(hf.RookeryConfig())
+
+
+@pytest.mark.parametrize("to", [None, "fla"])
+def test_texts_go_in_and_out(hf, tmp_path, to):
+    from transformers import AutoTokenizer
+
+    from rookery.tokenizers.pairing import load_tokenizer
+
+    model = randomised("rwkv7-test", dtype=torch.float32, vocab_size=65536)
+    path = folder(tmp_path, model, to)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    world = load_tokenizer("world")
+    for text in ("Hello, world!\n\n你好 😀", " a  b", ""):
+        assert tokenizer(text)["input_ids"] == world.encode(text)
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    batch = tokenizer(["The Eiffel tower is", "Hi"], padding=True, return_tensors="pt")
+    assert batch["attention_mask"].tolist()[1][:-1] == [0] * (batch["input_ids"].shape[1] - 1)
+    made = opened(path).generate(**batch, do_sample=False, max_new_tokens=5)
+    assert made[1, -5:].tolist() == own_greedy(model, world.encode("Hi"), 5)
+    tokenizer.save_pretrained(tmp_path / "again")
+    assert AutoTokenizer.from_pretrained(tmp_path / "again")("Hello")["input_ids"] == [33155]
+
+
+def test_a_vocabulary_of_ones_own_and_a_tokenizer_json_are_found(hf, tmp_path):
+    from rookery.hf_tokenizer import RookeryTokenizer
+    from rookery.tokenizers.pairing import load_tokenizer
+    from rookery.tokenizers.vocabulary import write_vocabulary
+
+    write_vocabulary([*(bytes([i]) for i in range(256)), b"hello"], tmp_path / "vocab.txt")
+    assert RookeryTokenizer.from_pretrained(tmp_path)("hello!")["input_ids"] == [257, 34]
+    load_tokenizer("20b").save(tmp_path / "tokenizer.json")
+    fast = RookeryTokenizer.from_pretrained(tmp_path)
+    assert (fast("\n\n")["input_ids"], fast.eos_token_id) == ([535], 0)
 
 
 def test_what_the_model_cannot_read_is_refused(wrapped):

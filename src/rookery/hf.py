@@ -27,7 +27,14 @@ from rookery.registry import families
 from rookery.state import State
 
 try:
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        GenerationConfig,
+        GenerationMixin,
+        PreTrainedModel,
+    )
     from transformers.cache_utils import Cache
     from transformers.configuration_utils import PretrainedConfig
     from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -206,13 +213,17 @@ class RookeryForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def register() -> None:
-    """Tells transformers' Auto classes of our model types; may be called again."""
+    """Tells transformers' Auto classes of our model types and their tokenizer; may be called again."""
+    from rookery.hf_tokenizer import RookeryTokenizer
+
+    AutoTokenizer.register(RookeryConfig, slow_tokenizer_class=RookeryTokenizer, exist_ok=True)
     AutoConfig.register(RookeryConfig.model_type, RookeryConfig, exist_ok=True)
     AutoModelForCausalLM.register(RookeryConfig, RookeryForCausalLM, exist_ok=True)
     for kind in OTHERS:
         config = type(f"Rookery{kind.title()}Config", (RookeryConfig,), {"model_type": kind})
         model = type(f"Rookery{kind.title()}ForCausalLM", (RookeryForCausalLM,), {"config_class": config})
         AutoConfig.register(kind, config, exist_ok=True)
+        AutoTokenizer.register(config, slow_tokenizer_class=RookeryTokenizer, exist_ok=True)
         AutoModelForCausalLM.register(config, model, exist_ok=True)
 
 
