@@ -91,6 +91,17 @@ def test_a_bad_record_is_named_by_its_line(tmp_path):
         read_samples(str(tmp_path / "empty.jsonl"), BYTES, "g1")
 
 
+def test_tables_hold_conversations_too(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist([{"messages": TURNS}] * 2), tmp_path / "x.parquet")
+    assert [learned_text(s) for s in read_samples(str(tmp_path / "x.parquet"), BYTES, "g1")] == [b" 4"] * 2
+    monkeypatch.setattr("rookery.data.jsonl.dataset_rows", lambda name: iter([{"question": name, "answer": "4"}]))
+    (sample,) = read_samples("hf:some/set:test", BYTES, "g1")
+    assert "User: some/set:test" in BYTES.decode(sample.tokens)
+
+
 PREFERENCES = [
     {"prompt": "hi", "chosen": "good", "rejected": "bad"},
     {"conversations": [{"from": "human", "value": "hi"}], "chosen": {"from": "gpt", "value": "good"},

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rookery.errors import MissingDependency
 
@@ -41,28 +42,40 @@ def read_documents(path: str | Path) -> Iterator[str]:
 
 
 def _parquet(path: Path) -> Iterator[str]:
+    for row in parquet_rows(path, ["text"]):
+        yield row["text"]
+
+
+def parquet_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of a .parquet, of these columns or of all; ValueError where one is missing."""
     try:
         from pyarrow import parquet
     except ImportError:
         raise MissingDependency('reading .parquet needs pyarrow: pip install "rookery[train]"') from None
     file = parquet.ParquetFile(path)
-    if "text" not in file.schema_arrow.names:
-        raise ValueError(f'{path}: expected a column "text", found {", ".join(file.schema_arrow.names)}')
-    for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-        yield from batch.column(0).to_pylist()
+    for column in columns or ():
+        if column not in file.schema_arrow.names:
+            raise ValueError(f'{path}: expected a column "{column}", found {", ".join(file.schema_arrow.names)}')
+    for batch in file.iter_batches(batch_size=1024, columns=columns):
+        yield from batch.to_pylist()
 
 
 def _dataset(name: str) -> Iterator[str]:
+    for row in dataset_rows(name):
+        if "text" not in row:
+            raise ValueError(f'{DATASET}{name}: expected a column "text", found {", ".join(row)}')
+        yield row["text"]
+
+
+def dataset_rows(name: str) -> Iterator[dict[str, Any]]:
+    """Rows of a data set of the Hub, "NAME", "NAME:SPLIT" or "NAME:CONFIG:SPLIT", streamed."""
     try:
         from datasets import load_dataset
     except ImportError:
         raise MissingDependency('data sets of the Hub need datasets: pip install "rookery[train]"') from None
     name, *parts = name.split(":")
     split = parts.pop() if parts else "train"
-    for row in load_dataset(name, *parts, split=split, streaming=True):
-        if "text" not in row:
-            raise ValueError(f'{DATASET}{name}: expected a column "text", found {", ".join(row)}')
-        yield row["text"]
+    yield from load_dataset(name, *parts, split=split, streaming=True)
 
 
 def split(documents: list[str], validation_share: float) -> tuple[list[str], list[str]]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rookery.data.documents import DATASET, dataset_rows, parquet_rows
 from rookery.tokenizers.base import Tokenizer
 from rookery.tokenizers.chat import spoken_parts
 
@@ -35,13 +36,22 @@ class Sample:
     """bool [n]: tokens that the model is to predict; the first never is, nothing stands before it."""
 
 
-def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Place (for messages) and content of every record of a .jsonl file or of the list in a .json file.
+def read_records(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place (for messages) and content of every record.
 
-    Any other file is one record, its whole text.
+    Records are the lines of a .jsonl, the elements of the list in a .json, the rows of a .parquet or, for "hf:NAME" as
+    in `rookery.data.documents`, of a data set of the Hub. Any other file is one record, its whole text.
     """
+    if str(source).startswith(DATASET):
+        rows = dataset_rows(str(source).removeprefix(DATASET))
+        yield from ((f"{source}, row {number}", row) for number, row in enumerate(rows, 1))
+        return
+    path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"there is no data file {str(path)!r}")
+    if path.suffix == ".parquet":
+        yield from ((f"{path}, row {number}", row) for number, row in enumerate(parquet_rows(path), 1))
+        return
     if path.suffix == ".json":
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, list):
@@ -164,7 +174,7 @@ def read_samples(paths: str, tokenizer: Tokenizer, template: str, mask: Mask = "
     """The samples of files separated by commas. ValueError names the place of a record that cannot be read."""
     samples = []
     for path in filter(None, paths.split(",")):
-        for place, record in read_records(Path(path)):
+        for place, record in read_records(path):
             try:
                 samples.append(encode(parts_of(record, template, mask), tokenizer))
             except (ValueError, TypeError, AttributeError) as wrong:
@@ -186,7 +196,7 @@ def read_preferences(paths: str, tokenizer: Tokenizer, template: str) -> list[Pr
     """The pairs of files separated by commas: records with a prompt, "chosen" and "rejected"."""
     pairs = []
     for path in filter(None, paths.split(",")):
-        for place, record in read_records(Path(path)):
+        for place, record in read_records(path):
             try:
                 turns = [_answered(record, key) for key in ANSWERS]
                 pair = Preference(*(encode(spoken_parts(messages, template), tokenizer) for messages in turns))
