@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rookery.engine.sampling import log_softmax
-from rookery.engine.session import Session
+from rookery.engine.session import Position, Session
 
 if TYPE_CHECKING:
     from rookery.engine.llm import LLM
@@ -44,12 +44,7 @@ def beam_search(
     """
     if beams < 1 or max_tokens < 1:
         raise ValueError(f"beams and max_tokens must be 1 or more, got {beams} and {max_tokens}")
-    start = Session(llm) if session is None else session.fork()
-    start.feed(prompt)
-    at = start._shown()
-    start._read(at)
-    if at.logits is None:
-        raise ValueError("there is nothing to go on from: give a prompt, or token 0 for a text from nowhere")
+    at = _begin(llm, prompt, session)
 
     def score(logprob: float, length: int) -> float:
         return logprob / max(1, length) ** length_penalty
@@ -74,6 +69,14 @@ def beam_search(
         logprobs = log_softmax(np.concatenate(rows))
     done += [(score(total, len(text)), Beam(text, float(total), False)) for text, total in zip(texts, totals)]
     return [beam for _, beam in sorted(done, key=lambda pair: -pair[0])[:beams]]
+
+
+def _begin(llm: LLM, prompt: str | Sequence[int], session: Session | None) -> Position:
+    start = Session(llm) if session is None else session.fork()
+    start.feed(prompt)
+    if start._at.logits is None:
+        raise ValueError("there is nothing to go on from: give a prompt, or token 0 for a text from nowhere")
+    return start._at
 
 
 def _best(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
