@@ -10,7 +10,8 @@ counted as read (about half of them here; trained models skip more).
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import ml_dtypes
@@ -44,6 +45,13 @@ def random_file(folder: Path, config: rwkv7.RWKV7Config, dtype: np.dtype) -> Pat
     path = folder / "random.safetensors"
     write_model(path, tensors, family="rwkv7", config=config, fingerprint="random")
     return path
+
+
+@contextmanager
+def model_or_random(path: str | None, size: str | None) -> Iterator[str | Path | None]:
+    """`path`, or for a time a file with random bfloat16 weights of a published size."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield path if size is None else random_file(Path(folder), rwkv7.PRESETS[size], np.dtype(ml_dtypes.bfloat16))
 
 
 def bytes_of_a_step(config: rwkv7.RWKV7Config, itemsize: int, active: float) -> int:

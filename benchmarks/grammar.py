@@ -1,10 +1,10 @@
 """What it costs to bind a text to a form: time of the masks beside that of the model's steps.
 
-    python benchmarks/grammar.py [--model FILE] [--tokens 64] [--save]
+    python benchmarks/grammar.py [--model FILE | --random 0.1b] [--tokens 64] [--save]
 
 For a JSON schema, a regular expression and a Lark grammar: milliseconds to make the grammar, microseconds of a mask
 (median and 99th percentile over random texts that obey it), and of the whole step with and without. Without --model it
-is the embedded one; a vocabulary of 65,536 tokens costs more.
+is the embedded one; --random takes random weights of a published size, whose 65,536 tokens cost more.
 """
 
 import argparse
@@ -12,10 +12,12 @@ import time
 from typing import Any
 
 import numpy as np
+from decode import model_or_random
 from support import Machine, interleaved, report
 
 from rookery import LLM
 from rookery.engine.grammar import Grammar, json_schema, lark, regex
+from rookery.families import rwkv7
 
 SCHEMA = {
     "type": "object",
@@ -55,15 +57,7 @@ def masks(llm: LLM, grammar: Grammar, tokens: int) -> tuple[float, list[float]]:
     return begin, times
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--save", action="store_true")
-    given = parser.parse_args()
-    llm = LLM(given.model, threads=given.threads)
+def measure(given: argparse.Namespace, llm: LLM) -> list[dict[str, Any]]:
     started = time.perf_counter()
     _ = llm.guide
     rows: list[dict[str, Any]] = [{"form": "(tokenizer, once)", "start ms": 1000 * (time.perf_counter() - started)}]
@@ -91,7 +85,21 @@ def main() -> None:
                 "step ms free": 1000 * seconds.median("free") / lengths["free"],
             }
         )
-    report("grammar", rows, Machine(threads=llm.runner.threads), save=given.save)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--random", choices=[*rwkv7.PRESETS], metavar="SIZE")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--save", action="store_true")
+    given = parser.parse_args()
+    with model_or_random(given.model, given.random) as path:
+        llm = LLM(path, threads=given.threads)
+        report("grammar", measure(given, llm), Machine(threads=llm.runner.threads), save=given.save)
 
 
 if __name__ == "__main__":

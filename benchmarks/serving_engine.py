@@ -7,7 +7,7 @@
 `sessions`: every session reads a prompt and writes a text, with prompts of their own and with one prompt for all. Given
 llama.cpp's llama-batched-bench and the same model as a GGUF file, both take turns on the same load; it samples no
 tokens, the engine takes the likeliest. `contexts`: milliseconds of a token, and memory, after so many tokens. Without
---model it is the embedded one.
+--model it is the embedded one; --random 0.1b takes random weights of a published size.
 """
 
 import argparse
@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from decode import model_or_random
 from support import Machine, Seconds, interleaved, report
 
 from rookery import LLM
 from rookery.engine.scheduler import Scheduler
 from rookery.engine.state_cache import StateCache
+from rookery.families import rwkv7
 
 STEPS = 64
 """Tokens whose time is measured after a context."""
@@ -75,9 +77,7 @@ def measure_sessions(given: argparse.Namespace, llm: LLM) -> list[dict[str, Any]
                 ours.append(time.perf_counter() - started)
                 if given.llama_batched_bench:
                     peer.append(batched_bench(given, *load))
-                print(
-                    f"{sessions} sessions, shared {shared}, round {turn + 1}: {ours[-1]:.2f} s {peer[-1:]}", flush=True
-                )
+                print(f"{sessions} sessions, round {turn + 1}: {ours[-1]:.2f} s", *peer[-1:], flush=True)
             row = {"sessions": sessions, "prefix": "shared" if shared else "own", "seconds": statistics.median(ours)}
             row["texts' tokens/s"] = sessions * given.tokens / row["seconds"]
             row |= {"prompt tokens read": counts["prompt_tokens"], "from the cache": counts["cached_tokens"]}
@@ -140,6 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["sessions", "contexts"])
     parser.add_argument("--model")
+    parser.add_argument("--random", choices=[*rwkv7.PRESETS], metavar="SIZE")
     parser.add_argument("--quantize")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--sessions", type=int, nargs="+", default=[1, 8, 32, 128])
@@ -154,8 +155,9 @@ def main() -> None:
     given = parser.parse_args()
     if given.llama_batched_bench and not given.gguf:
         parser.error("--llama-batched-bench needs --gguf, the same model for llama.cpp")
-    llm = LLM(given.model, quantize=given.quantize, threads=given.threads)
-    rows = (measure_sessions if given.what == "sessions" else measure_contexts)(given, llm)
+    with model_or_random(given.model, given.random) as path:
+        llm = LLM(path, quantize=given.quantize, threads=given.threads)
+        rows = (measure_sessions if given.what == "sessions" else measure_contexts)(given, llm)
     if given.plot:
         plot(rows, given.plot)
     report(f"serving_{given.what}", rows, Machine(threads=llm.runner.threads), save=given.save)

@@ -10,14 +10,11 @@ takes random weights of a published size.
 
 import argparse
 import random
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-from decode import random_file
+from decode import model_or_random
 from support import Machine, interleaved, report
 
 from rookery import LLM
@@ -111,10 +108,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--save", action="store_true")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        path = given.model
-        if given.random:
-            path = random_file(Path(folder), rwkv7.PRESETS[given.random], np.dtype(ml_dtypes.bfloat16))
+    with model_or_random(given.model, given.random) as path:
         llm = LLM(path, quantize=given.quantize, threads=given.threads)
         rows = [row for kind in PROMPTS for t in given.temperature for row in measure(given, llm, kind, t)]
         rows += costs(llm, given.rounds)

@@ -57,7 +57,7 @@ def lark(grammar: str) -> Grammar:
 
 
 class Guide:
-    """What llguidance knows of a tokenizer; made once for a model, in about a tenth of a second for 65,536 tokens.
+    """What llguidance knows of a tokenizer; made once for a model, in some tenths of a second for 65,536 tokens.
 
     `end` is the token that ends a text, `vocab_size` that of the model, which may be larger than the tokenizer's.
     """
