@@ -336,3 +336,12 @@ def test_tokens_of_another_vocabulary_are_refused(config, tmp_path):
 def test_weights_that_are_no_numbers_are_refused(config):
     with pytest.raises(ValueError, match="must be numbers"):
         train(overlay(config, {"data": {"weights": "many"}}))
+
+
+def test_a_finished_model_has_a_card(config):
+    train(dataclasses.replace(config, steps=4, validate_every=4))
+    card = (Path(config.out) / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: rookery\n")
+    assert "| validation loss |" in card
+    assert "| tokens | 256 |" in card
+    assert "optim.lr = 0.004" in card

@@ -21,6 +21,7 @@ VERBS = {
     "forecast": "forecast a column of a CSV file",
     "recipes": "list the named training runs",
     "data": "turn texts into tokens for training",
+    "plot": "draw the curves of training runs",
     "reproduce": "try a paper's claim on this machine",
     "convert": "turn a model file into another format",
     "merge": "put an adapter into the model that it was trained on",

@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +34,16 @@ def run(given: argparse.Namespace) -> int:
     return run_recipe(given, default="tiny-test")
 
 
+def estimate(config: Any) -> None:
+    """Prints what the run will take, or on stderr why that cannot be told."""
+    from rookery.train.plan import plan
+
+    try:
+        print(f"\n{plan(config).lines()}")
+    except (ValueError, OSError) as reason:
+        print(f"no estimate: {reason}", file=sys.stderr)
+
+
 def run_recipe(given: argparse.Namespace, default: str) -> int:
     """Trains as the command line says; `default` is the recipe of a TOML file that names none."""
     before_torch()
@@ -47,6 +58,7 @@ def run_recipe(given: argparse.Namespace, default: str) -> int:
     config = overlay(overlay(recipe(name), values), parse_settings(given.set))
     if given.dry_run:
         print(describe(config))
+        estimate(config)
         return 0
     from rookery.train.loop import train
     from rookery.train.memory import keep_freed_memory

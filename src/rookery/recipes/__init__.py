@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from rookery.errors import unknown
-from rookery.recipes import finetune
+from rookery.recipes import finetune, pretrain
 from rookery.recipes.embedded import embedded
 from rookery.recipes.forecast import forecast
 from rookery.recipes.tiny_test import tiny_test
@@ -13,6 +13,10 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "embedded": embedded,
     "forecast": forecast,
     "tiny-test": tiny_test,
+    "minipile": pretrain.minipile,
+    "pile-0.1b": pretrain.pile_small,
+    "pile-0.4b": pretrain.pile_medium,
+    "pile-1.4b": pretrain.pile_large,
     "lora": finetune.lora,
     "pissa": finetune.pissa,
     "miss": finetune.miss,

@@ -17,6 +17,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from rookery.errors import RookeryError
+from rookery.nn.language_model import LanguageModel
+from rookery.train.card import write_card
 from rookery.train.checkpoint import newest_step, restore, save_checkpoint, save_sharded
 from rookery.train.config import TrainConfig
 from rookery.train.long_context import share_sequences
@@ -234,6 +236,12 @@ def export(run: Run, out: Path) -> None:
                 return
             run.task.model = full
         run.task.export(out)
+    last = json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    facts = {name: value for name, value in last.items() if "loss" in name or name in ("step", "tokens")}
+    parameters = sum(p.numel() for p in run.task.model.parameters())
+    known = {name: value for name, value in facts.items() if value is not None}
+    writes = isinstance(run.task.model, LanguageModel)
+    write_card(out / "README.md", run.config, parameters, known, writes=writes)
 
 
 @contextmanager
