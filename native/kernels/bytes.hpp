@@ -54,6 +54,10 @@ inline vint dot4(vint sum, vbytes weights, std::int32_t x) {
   return sum + (vint)even + (vint)odd;
 #elif defined(__ARM_FEATURE_DOTPROD)
   return (vint)vdotq_s32((int32x4_t)sum, (int8x16_t)weights, vreinterpretq_s8_s32(vdupq_n_s32(x)));
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+  const int8x16_t w = (int8x16_t)weights, four = vreinterpretq_s8_s32(vdupq_n_s32(x));
+  const int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(four)), high = vmull_high_s8(w, four);
+  return sum + (vint)vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high));
 #else
   std::int8_t four[4];
   std::memcpy(four, &x, 4);
@@ -112,6 +116,11 @@ inline vbytes zip_low(vbytes a, vbytes b) { return (vbytes)_mm_unpacklo_epi8((__
 inline vbytes zip_high(vbytes a, vbytes b) { return (vbytes)_mm_unpackhi_epi8((__m128i)a, (__m128i)b); }
 inline vbytes zip_pairs_low(vbytes a, vbytes b) { return (vbytes)_mm_unpacklo_epi16((__m128i)a, (__m128i)b); }
 inline vbytes zip_pairs_high(vbytes a, vbytes b) { return (vbytes)_mm_unpackhi_epi16((__m128i)a, (__m128i)b); }
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+inline vbytes zip_low(vbytes a, vbytes b) { return (vbytes)vzip1q_u8((uint8x16_t)a, (uint8x16_t)b); }
+inline vbytes zip_high(vbytes a, vbytes b) { return (vbytes)vzip2q_u8((uint8x16_t)a, (uint8x16_t)b); }
+inline vbytes zip_pairs_low(vbytes a, vbytes b) { return (vbytes)vzip1q_u16((uint16x8_t)a, (uint16x8_t)b); }
+inline vbytes zip_pairs_high(vbytes a, vbytes b) { return (vbytes)vzip2q_u16((uint16x8_t)a, (uint16x8_t)b); }
 #else
 inline vbytes zip(vbytes a, vbytes b, int first, int step) {
   vbytes zipped;
