@@ -20,8 +20,7 @@ CALLS = [
     ("bi_wkv", contract.cases_of("bi_wkv").CASES[0]),
     *[("wkv4", contract.cases_of("wkv4").CASES[number]) for number in (0, 12)],
     *[(op, contract.cases_of("wkv6").Case(key=64, value=64)) for op in ("wkv5", "wkv6")],
-    *[("wkv6", contract.cases_of("wkv6").Case(key=128, value=128))],
-    *[("wkv6", contract.cases_of("wkv6").CASES[number]) for number in (13,)],
+    ("wkv6", contract.cases_of("wkv6").CASES[13]),
     ("wkv7", Wkv7Case(key=64, value=64)),
     ("wkv7", Wkv7Case(batch=1, time=40, heads=1, key=16, value=64, lengths=(0, 33, 7))),
 ]
