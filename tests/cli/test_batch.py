@@ -28,3 +28,15 @@ def test_an_interruption_keeps_what_is_done(cli, model_path, tmp_path, monkeypat
     code, out, err = cli("batch", tmp_path / "in.jsonl", "out.jsonl", "--model", model_path)
     assert (code, out) == (130, "")
     assert "2 of 3 texts are in out.jsonl; the same command goes on" in err
+
+
+def test_beginnings_are_kept_for_the_next_run(cli, model_path, tmp_path):
+    (tmp_path / "in.jsonl").write_text(
+        '{"prompt": "hello hello hello hello 1"}\n{"prompt": "hello hello hello hello 2"}\n'
+    )
+    for name in ("one", "two"):
+        argv = [tmp_path / "in.jsonl", tmp_path / name, "--model", model_path, "-n", 5, "--cache", tmp_path / "c"]
+        assert cli("batch", *argv)[0] == 0
+    assert len([*(tmp_path / "c").iterdir()]) >= 3
+    lines = [sorted((tmp_path / name).read_text().splitlines()) for name in ("one", "two")]
+    assert lines[0] == lines[1]

@@ -259,3 +259,18 @@ def test_log_probabilities_are_told(generate):
     summary = json.loads(generate("--json", "--logprobs", 2, "-n", 3, "--seed", 1, "--ignore-eos", "hello")[1])
     assert len(summary["logprobs"]) == summary["tokens"] == 3
     assert len(summary["logprobs"][0]["top"]) == 2
+
+
+def test_a_prompt_is_known_to_the_next_run(generate, llm, tmp_path, monkeypatch):
+    expected = llm.generate("hello " * 20, **TEXT) + "\n"
+    assert generate(*FLAGS, "--cache", tmp_path / "c", "hello " * 20)[1] == expected
+    files = [*(tmp_path / "c").iterdir()]
+    assert len(files) == 1
+    read = []
+    forward = type(llm.runner).forward
+    monkeypatch.setattr(
+        type(llm.runner), "forward", lambda self, ids, *rest: read.append(len(ids)) or forward(self, ids, *rest)
+    )
+    assert generate(*FLAGS, "--cache", tmp_path / "c", "hello " * 20)[1] == expected
+    assert {*read} == {1}
+    assert [*(tmp_path / "c").iterdir()] == files

@@ -7,7 +7,7 @@ A line of OUT has the "index" of the prompt (from 0), "text", "finish_reason", c
 import argparse
 import sys
 
-from rookery.cli.options import add_model, add_sampling, load_llm, text_options
+from rookery.cli.options import add_cache, add_model, add_sampling, cached, load_llm, text_options
 from rookery.cli.progress import Progress
 
 
@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--template", metavar="NAME", help="form of conversation: g1, world, raven (by file name)")
     add_model(parser)
     add_sampling(parser, max_tokens=256)
+    add_cache(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,8 +29,9 @@ def run(args: argparse.Namespace) -> int:
     progress = Progress("prompts")
     done = total = 0
     try:
-        for done, total in run_batch(llm, args.source, args.destination, rows=args.rows, **options):
-            progress(done, total)
+        with cached(llm, args):
+            for done, total in run_batch(llm, args.source, args.destination, rows=args.rows, **options):
+                progress(done, total)
     except KeyboardInterrupt:
         progress.close()
         print(f"{done} of {total} texts are in {args.destination}; the same command goes on", file=sys.stderr)

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rookery.cli.options import (
+    add_cache,
     add_model,
     add_sampling,
     add_state,
+    cached,
     interruptions,
     load_llm,
     read_stdin,
@@ -38,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_sampling(parser, max_tokens=256)
     add_state(parser)
+    add_cache(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,7 +56,13 @@ def run(args: argparse.Namespace) -> int:
             return 130
     else:
         session = llm.session(args.state)
-    session.feed(tokens)
+    if args.cache and not (args.file or args.state):
+        from rookery.engine.state_cache import read_prompt
+
+        with cached(llm, args):
+            session = read_prompt(llm, tokens, llm.cache)
+    else:
+        session.feed(tokens)
     started = time.perf_counter()
     stream = session.stream(**text_options(args))
     if args.json:

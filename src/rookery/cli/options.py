@@ -97,6 +97,27 @@ def add_state(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--save-state", metavar="FILE", help="save the state at the end")
 
 
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    """What is known of prompts from earlier runs."""
+    group = parser.add_argument_group("cache")
+    group.add_argument("--cache", metavar="DIR", help="keep the states of prompts there; no beginning is read twice")
+
+
+@contextmanager
+def cached(llm: LLM, args: argparse.Namespace) -> Iterator[None]:
+    """Gives the model the cache that the options name, for a time."""
+    if args.cache is None:
+        yield
+        return
+    from rookery.engine.state_cache import StateCache
+
+    llm.cache = StateCache(folder=args.cache)
+    try:
+        yield
+    finally:
+        llm.cache.close()
+
+
 def load_llm(args: argparse.Namespace, template: str | None = None) -> LLM:
     """The model that the options name."""
     from rookery.engine.llm import LLM

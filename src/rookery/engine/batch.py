@@ -41,7 +41,7 @@ def run_batch(
     """
     lines = _count(source)
     done = _done(Path(destination))
-    scheduler = Scheduler(llm, rows=rows, cache=llm.cache or StateCache())
+    scheduler = Scheduler(llm, rows=rows, cache=StateCache() if llm.cache is None else llm.cache)
     yield len(done), lines
     waiting: dict[Generation, tuple[int, dict[str, Any]]] = {}
     prompts = ((index, line) for index, line in _lines(source) if index not in done)

@@ -179,7 +179,7 @@ class LLM:
         seeds = [seed] * len(prompts) if seed is None or isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompts):
             raise ValueError(f"there are {len(seeds)} seeds for {len(prompts)} prompts; give one, or one for each")
-        scheduler = Scheduler(self, cache=self.cache or StateCache())
+        scheduler = Scheduler(self, cache=StateCache() if self.cache is None else self.cache)
         start = [END_OF_TEXT] if bos else []
         texts = [
             scheduler.submit(start + self.tokens_of(prompt), max_tokens, seed=seed, **options)
