@@ -109,7 +109,8 @@ RWKV-7 recalls {100 * best["accuracy"]:.1f}% of the values; it lies above
 {", ".join(f"{name} by {100 * lead:+.1f} points" for name, lead in leads.items())}. The GPT, whose cache keeps every
 token, recalls {100 * by_name["gpt"]["accuracy"]:.1f}%. An arm that stops at 99.5% trains no further.
 
-Accuracies far from 100% here are those of training that has not ended, not of the capacity of a state: recall
+That attention is not at the top shows how soon it learns under this recipe, not what it can hold: its cache keeps
+everything. Accuracies far from 100% here are those of training that has not ended, not of the capacity of a state: recall
 is learned suddenly, after a plateau whose length depends on the learning rate."""
     return shown, text
 
@@ -123,7 +124,7 @@ Training rows hold
 {TASK.pairs // 4}, {TASK.pairs // 2} or {TASK.pairs} pairs in turn. Two blocks of width 64, heads of 16, low ranks of
 16 (gate 32): whole models of the library with their published initial weights.
 
-At most {how.steps} steps of {how.batch_size} fresh rows, AdamW with warm-up and cosine; the peak learning rate of an
+At most {how.steps:,} steps of {how.batch_size} fresh rows, AdamW with warm-up and cosine; the peak learning rate of an
 arm is {chosen}. Tested every {how.test_every} steps on {how.test_rows} rows that training never saw."""
 
 
