@@ -226,6 +226,17 @@ def test_a_list_of_prompts_gives_a_list_of_texts(native):
         native.generate(["hello"] * 3, seed=[1, 2])
 
 
+def test_a_list_of_prompts_uses_the_models_own_cache(native):
+    native.cache = StateCache()
+    assert native.cache  # also where it is empty
+    try:
+        texts = [native.generate(["hello", "help"], 5, seed=1) for _ in range(2)]
+        assert texts[0] == texts[1]
+        assert len(native.cache) >= 2
+    finally:
+        native.cache = None
+
+
 def test_what_prompts_share_is_read_once():
     llm = LLM.from_runner(Remembering())
     system, ends = [1, 2, 3] * 30, [[i, 5] for i in range(4, 12)]

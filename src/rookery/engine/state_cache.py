@@ -97,6 +97,9 @@ class StateCache:
     def __len__(self) -> int:
         return len({*self._used, *self._files})
 
+    def __bool__(self) -> bool:
+        return True  # an empty cache is a cache: `cache or other` must not replace it
+
     def bind(self, runner: Runner) -> None:
         """Makes it the cache of this model; BadState if it is another's already."""
         with self._lock:
