@@ -109,9 +109,8 @@ RWKV-7 recalls {100 * best["accuracy"]:.1f}% of the values; it lies above
 {", ".join(f"{name} by {100 * lead:+.1f} points" for name, lead in leads.items())}. The GPT, whose cache keeps every
 token, recalls {100 * by_name["gpt"]["accuracy"]:.1f}%. An arm that stops at 99.5% trains no further.
 
-That attention is not at the top shows how soon it learns under this recipe, not what it can hold: its cache keeps
-everything. Accuracies far from 100% here are those of training that has not ended, not of the capacity of a state: recall
-is learned suddenly, after a plateau whose length depends on the learning rate."""
+An accuracy far from 100% shows how soon an arm learns under this recipe, not what its state can hold (attention's
+cache keeps everything): recall is learned suddenly, after a plateau whose length depends on the learning rate."""
     return shown, text
 
 
