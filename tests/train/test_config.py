@@ -1,6 +1,7 @@
 """Configurations overlay strictly."""
 
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -60,3 +61,14 @@ def test_every_recipe_describes_itself_completely(name):
 def test_an_unknown_recipe_names_the_nearest():
     with pytest.raises(UnknownName, match="Did you mean 'tiny-test'"):
         recipe("tiny-tset")
+
+
+def test_every_setting_is_documented():
+    page = (Path(__file__).parents[2] / "docs/reference/training.md").read_text("utf-8")
+    names = [line.split(" = ")[0] for line in describe(TrainConfig()).splitlines()]
+    assert not [name for name in names if f"| `{name}` | " not in page]
+
+
+def test_a_word_that_is_no_choice_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="order must be one of shuffle, official, documents; got 'random'"):
+        overlay(TrainConfig(), {"data": {"order": "random"}})

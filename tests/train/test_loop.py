@@ -291,6 +291,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(config, tmp_path):
         time.sleep(0.01)
     process.kill()
     process.wait()
+    (Path(config.out) / "checkpoints" / ".step-00000009.pt.x.part").touch()  # as if killed while saving
     reached = load_checkpoint(Path(config.out) / "checkpoints")["step"]
     settings = parse_settings([w for w in command if "=" in w])
     again = overlay(recipe("tiny-test"), {**settings, "steps": reached + 3, "optim": {"schedule": "wsd"}})
@@ -299,6 +300,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(config, tmp_path):
     again = overlay(recipe("tiny-test"), {**settings, "steps": reached + 3})
     train(again)
     assert [row["step"] for row in rows(again)] == list(range(1, reached + 4))
+    assert not list((Path(config.out) / "checkpoints").glob(".*"))
 
 
 def test_tokens_and_documents_and_mixtures_train_as_well(config, tmp_path):

@@ -124,6 +124,15 @@ def save_sharded(folder: Path, step: int, tensors: dict[str, Any], facts: dict[s
     dist.barrier()
 
 
+def sweep(folder: Path) -> None:
+    """Removes what writers left behind that were killed in the middle of a checkpoint."""
+    for left in folder.glob(".step-*.part"):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+
+
 def newest_step(folder: Path) -> int:
     """Step of the newest checkpoint, readable or not; 0 where there is none."""
     found = _newest_first(folder)

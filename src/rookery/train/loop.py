@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from rookery.errors import RookeryError
 from rookery.nn.language_model import LanguageModel
 from rookery.train.card import write_card
-from rookery.train.checkpoint import newest_step, restore, save_checkpoint, save_sharded
+from rookery.train.checkpoint import newest_step, restore, save_checkpoint, save_sharded, sweep
 from rookery.train.config import TrainConfig
 from rookery.train.long_context import share_sequences
 from rookery.train.optim import Optimizer, learning_rate
@@ -79,6 +79,8 @@ def train(config: TrainConfig) -> Result:
     out.mkdir(parents=True, exist_ok=True)
     run = prepare(config)
     run.task.ready(out)
+    if run.place.first:
+        sweep(out / "checkpoints")
     resume(run, out)
     metrics = Metrics(out / "metrics.jsonl", run.step, config.track) if run.place.first else Silent()
     with stop_requests() as asked, Console(config.steps, run.step) if run.place.first else Silent() as console:
