@@ -297,3 +297,14 @@ def test_log_probabilities_are_those_of_the_text_alone(native):
     list(stream)
     assert text.logprobs == stream.logprobs
     assert len(text.logprobs) == 5
+
+
+def test_nobody_waits_for_a_scheduler_that_failed(native, monkeypatch, caplog):
+    with Scheduler(native) as scheduler:
+        monkeypatch.setattr(scheduler, "_batch", lambda: 1 / 0)
+        text = scheduler.submit([1], 3, tokens=True)
+        with pytest.raises(ZeroDivisionError):
+            list(text)
+        monkeypatch.undo()
+        assert len(list(scheduler.submit([1], 3, tokens=True, seed=1, **DRAWN))) == 3
+    assert "the scheduler failed; all its requests end" in caplog.text

@@ -175,3 +175,13 @@ def test_a_cached_prompt_gives_the_same_text():
 )
 def test_common_prefixes(a, b, length):
     assert common(a, b) == common(b, a) == length
+
+
+def test_a_full_disk_costs_a_snapshot_and_nothing_else(tmp_path, monkeypatch, caplog):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rookery.engine.state_cache.write_position", full)
+    cache = cache_of((1, 2), (3, 4), budget=SIZE + 20, folder=tmp_path)
+    assert (found(cache, 1, 2)[0], found(cache, 3, 4)[0]) == (0, 2)
+    assert "a state is not kept: [Errno 28] No space left on device" in caplog.text

@@ -7,6 +7,7 @@ prompts, so that a long prompt delays the others by a bounded time. Rows join an
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,8 @@ from rookery.engine.state_cache import StateCache, common, cuts_of
 if TYPE_CHECKING:
     from rookery.engine.llm import LLM
     from rookery.engine.sampling import TokenLogprobs
+
+log = logging.getLogger("rookery")
 
 LOOK_AHEAD = 32
 """Waiting prompts that a prompt is compared with, to keep the state at the end of what they share."""
@@ -252,7 +255,12 @@ class Scheduler:
                     self._changed.wait()
                 if self._stopping:
                     return
-            self.tick()
+            try:
+                self.tick()
+            except Exception as error:  # our mistake; but nobody may wait for ever because this thread is gone
+                log.exception("the scheduler failed; all its requests end")
+                for generation in (*self._active, *self._waiting):
+                    generation._finish(error)
 
     def _wake(self) -> None:
         with self._changed:

@@ -221,7 +221,11 @@ class StateCache:
             return
         prefix = node.prefix()
         file = self.folder / f"{hashlib.sha256(prefix.tobytes()).hexdigest()[:32]}{SUFFIX}"
-        write_position(file, node.kept, self._runner, {PREFIX: prefix})
+        try:
+            write_position(file, node.kept, self._runner, {PREFIX: prefix})
+        except OSError as full:  # a text must not fail because a snapshot could not be kept
+            log.warning("a state is not kept: %s", full)
+            return
         self._add_file(node, file)
 
     def _add_file(self, node: _Node, file: Path) -> None:
