@@ -131,7 +131,7 @@ def test_65536_tokens_in_float32_are_those_in_float64(decay):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("decay", "bound"), [((-12.0, -7.0), 1e-3), ((0.0, 8.0), 5e-6)], ids=["slow", "to nothing"])
+@pytest.mark.parametrize(("decay", "bound"), [((-12.0, -7.0), 1e-3), ((0.0, 8.0), 1e-5)], ids=["slow", "to nothing"])
 def test_65536_tokens_with_one_decay_in_float32_are_those_in_float64(decay, bound):
     case = Case(batch=1, time=65536, heads=1, key=64, value=64, decay=decay)
     call = contract.differentiable(contract.arguments_of("wkv5", case, torch.float32))
