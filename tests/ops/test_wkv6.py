@@ -127,7 +127,8 @@ def test_65536_tokens_in_float32_are_those_in_float64(decay):
             got = grads_of(call, backend.run)
             for name, x in want.items():
                 error = (got[name].double() - x).norm() / x.norm()
-                assert error < 5e-6, f"{backend.name}: {name} {error}"
+                # du is the sum of 65536 numbers in float32, one after the other
+                assert error < (1e-5 if name == "du" else 5e-6), f"{backend.name}: {name} {error}"
 
 
 @pytest.mark.slow
