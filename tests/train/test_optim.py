@@ -149,7 +149,7 @@ def test_schedule_free_keeps_averaged_weights():
 def test_a_missing_optimiser_names_what_to_install(monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingDependency, match=r"rookery\[train\]"):
-        Optimizer(torch.nn.Linear(2, 2), OptimConfig(name=name), torch.float32)
+        Optimizer(torch.nn.Linear(2, 2), OptimConfig(name=name, eps=1e-8), torch.float32)
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing():
@@ -161,3 +161,8 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
     assert math.isnan(optimizer.step(1.0))
     assert torch.equal(model.weight, before)
     assert model.weight.grad is None
+
+
+def test_eight_bits_with_the_official_epsilon_are_refused():
+    with pytest.raises(ValueError, match=r"adamw-8bit needs optim\.eps of at least 1e-8, got 1e-18"):
+        OptimConfig(name="adamw-8bit")

@@ -72,6 +72,9 @@ class OptimConfig:
         check_choices(self)
         if self.schedule == "exponential" and not (self.lr > 0 and self.final_lr > 0):
             raise ValueError("an exponential schedule needs lr and final_lr above 0")
+        if self.name == "adamw-8bit" and self.eps < 1e-8:
+            # a second moment that 8 bits round to 0 would make a step as large as 1 / eps
+            raise ValueError(f"adamw-8bit needs optim.eps of at least 1e-8, got {self.eps}")
 
 
 @dataclass(frozen=True, kw_only=True)
