@@ -15,6 +15,8 @@ from rookery.models import load, save_model
 from rookery.recipes import RECIPES, recipe
 from rookery.train.config import FinetuneConfig, overlay
 from rookery.train.loop import TrainingFailed, prepare, train
+from rookery.train.parallel import Place
+from rookery.train.tasks.finetune import FinetuneTask
 
 pytest.importorskip("peft")
 CHATS = [{"prompt": f"{a}+{b}?", "response": str(a + b)} for a in range(4) for b in range(4)]
@@ -187,6 +189,12 @@ def test_every_recipe_says_what_it_is_for():
 def test_wrong_settings_are_explained(config, settings, message):
     with pytest.raises(ValueError, match=message):
         prepare(overlay(config, settings))
+
+
+def test_several_processes_are_refused_before_they_train_in_vain(config, monkeypatch):
+    monkeypatch.setattr("rookery.train.tasks.finetune.Place.here", lambda: Place(world=2))
+    with pytest.raises(ValueError, match="several processes can train all weights on texts and answers only"):
+        FinetuneTask(config)
 
 
 def test_a_folder_with_another_run_is_refused(config):

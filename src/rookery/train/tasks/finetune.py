@@ -22,7 +22,7 @@ from rookery.engine.llm import EMBEDDED
 from rookery.models import load, save_model
 from rookery.tokenizers.pairing import resolve
 from rookery.train.config import FinetuneConfig
-from rookery.train.parallel import moved
+from rookery.train.parallel import Place, moved
 from rookery.train.tasks.base import Task
 from rookery.train.tasks.language import save_tokenizer
 from rookery.train.tasks.preference import (
@@ -53,6 +53,12 @@ class FinetuneTask(Task):
             raise ValueError("no model to fine-tune: give base, for example --set base=model.pth or base=embedded")
         if not config.data.path:
             raise ValueError("nothing to learn from: give data.path, for example --set data.path=chats.jsonl")
+        if Place.here().world > 1 and (config.adapt.method, config.learn) != ("full", "sft"):
+            # said now, not after training: adapters and start states are neither cut nor gathered
+            raise ValueError(
+                "several processes can train all weights on texts and answers only (adapt.method=full, learn=sft); "
+                "start one process, with accumulate for larger steps"
+            )
         self.config = config
         # the state that texts start from is float32 always, as every state; the model it starts has the run's dtype
         self.dtype = torch.float32 if config.adapt.method == "state" else getattr(torch, config.dtype)
