@@ -24,7 +24,7 @@ std::span<const Isa> available_isas() {
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("x86-64-v3")) isas.push_back(Isa::avx2);
     if (__builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16") &&
-        __builtin_cpu_supports("avx512vnni"))
+        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi"))
       isas.push_back(Isa::avx512);
 #elif defined(__aarch64__) && defined(__linux__)
     // ARMv8.2 with products of four bytes: Graviton 2, Neoverse, Apple's and most others since 2018

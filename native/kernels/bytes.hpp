@@ -76,28 +76,29 @@ struct Levels {
       table[i] = static_cast<std::uint8_t>(levels[static_cast<std::size_t>(i % 16)] + 128);
   }
 
-  // The levels of codes 0 … 15.
+  // The levels of the codes in the low halves of bytes.
   vbytes operator()(vbytes codes) const {
-#if defined(__AVX512BW__)
-    return (vbytes)_mm512_shuffle_epi8((__m512i)table, (__m512i)codes);
+#if defined(__AVX512VBMI__)
+    // looks at six bits, the table repeats; the plain form warns in GCC 12
+    return (vbytes)_mm512_maskz_permutexvar_epi8(~0ull, (__m512i)codes, (__m512i)table);
 #elif defined(__AVX2__)
-    return (vbytes)_mm256_shuffle_epi8((__m256i)table, (__m256i)codes);
+    return (vbytes)_mm256_shuffle_epi8((__m256i)table, (__m256i)(codes & 15));
 #elif defined(__ARM_NEON) && defined(__aarch64__)
-    return (vbytes)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)codes);
+    return (vbytes)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)(codes & 15));
 #else
     std::uint8_t all[vector_bytes], at[vector_bytes], levels[vector_bytes];  // faster than lanes taken one by one
     store_bytes(all, table);
     store_bytes(at, codes);
-    for (int i = 0; i < vector_bytes; ++i) levels[i] = all[at[i]];
+    for (int i = 0; i < vector_bytes; ++i) levels[i] = all[at[i] & 15];
     return load_bytes(levels);
 #endif
   }
 };
 
-inline vbytes low_codes(vbytes packed) { return packed & 15; }
+// Bytes whose low halves are the high halves of `packed`; the others hold anything.
 inline vbytes high_codes(vbytes packed) {
   typedef std::uint16_t vpairs __attribute__((vector_size(ROOKERY_VECTOR_BYTES)));
-  return (vbytes)((vpairs)packed >> 4) & 15;  // x86 has no shift of bytes
+  return (vbytes)((vpairs)packed >> 4);  // x86 has no shift of bytes
 }
 
 // Within every 16 bytes: a0 b0 a1 b1 … of the lower or the upper halves, in steps of bytes or pairs.

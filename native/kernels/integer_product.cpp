@@ -18,13 +18,15 @@ constexpr int panel = Packing::panel, line = Packing::line;
 constexpr int parts = panel / lanes;                   // vectors of sums of a panel
 constexpr int tile_tokens = lanes > 8 ? 12 : 4;        // tokens whose sums fit the registers
 constexpr int most_few_tokens = lanes > 8 ? 8 : 4;     // as `ProductKernels::few_tokens` at least
-constexpr int64_t ahead = 8 * 1024;                    // bytes that the memory delivers in its latency
 
 template <int bits_, int group_>
 struct Packed {
   static constexpr int bits = bits_, group = group_;
   static constexpr int quads = group / 4;            // lines of four inputs each
   static constexpr int line_quads = 8 / bits;        // of them in a line
+  // Bytes that are asked for before they are used: with 8 bits the hardware follows the panels by itself and needs help
+  // from page to page alone; further requests are in its way.
+  static constexpr int ahead = (bits == 8 ? 4 : 16) * 1024 + 64;
   static constexpr int part_groups = static_cast<int>(part_inputs) / group;
 };
 
@@ -39,41 +41,33 @@ inline std::int32_t quad(const std::int8_t* p) {
 
 inline const float16* scales_at(const std::uint8_t* p) { return reinterpret_cast<const float16*>(p); }
 
-// What a group's sums begin with for one token.
-inline vint start(const Integers& x, int64_t token, int64_t group) {
-  return to_ints(is_balanced ? x.balance[token * x.groups() + group] : 0);
-}
+// What a group's sums begin with.
+inline vint start(const std::int32_t* balance) { return to_ints(is_balanced ? *balance : 0); }
 
-// Adds the tokens' dot products of a group's inputs to `sums` [tokens, parts]; sums of single tokens in several chains,
-// because the next instruction would wait for the last one.
+// Adds the tokens' dot products of a group's inputs to `sums` [tokens, parts].
 template <class F, int tokens, bool asks>
-inline void group_of_panel(const std::uint8_t* data, const std::int8_t* const* x, const Levels& levels, vint* sums) {
-  constexpr int chains = tokens * parts >= 4 ? 1 : 4 / (tokens * parts);
-  vint chain[chains * tokens * parts] = {};
+[[gnu::always_inline]] inline void group_of_panel(
+    const std::uint8_t* data, const std::int8_t* const* x, const Levels& levels, vint* sums) {
 #pragma GCC unroll 16
   for (int q = 0; q < F::quads; q += F::line_quads) {
     const std::uint8_t* at = data + q / F::line_quads * line;
-    if (asks) __builtin_prefetch(at + ahead, 0, 2);
+    if (asks) __builtin_prefetch(at + F::ahead, 0, 2);
 #pragma GCC unroll 4
     for (int part = 0; part < parts; ++part) {
       const vbytes stored = load_bytes(at + part * vector_bytes);
 #pragma GCC unroll 2
       for (int half = 0; half < F::line_quads; ++half) {
         vbytes weights = stored;
-        if constexpr (F::bits == 4) weights = levels(half ? high_codes(stored) : low_codes(stored));
+        if constexpr (F::bits == 4) weights = levels(half ? high_codes(stored) : stored);
         weights = weights_of(weights);
 #pragma GCC unroll 12
         for (int m = 0; m < tokens; ++m) {
-          vint& sum = chain[((q + half) % chains * tokens + m) * parts + part];
+          vint& sum = sums[m * parts + part];
           sum = dot4(sum, weights, quad(x[m] + 4 * (q + half)));
         }
       }
     }
   }
-#pragma GCC unroll 12
-  for (int i = 0; i < tokens * parts; ++i)
-#pragma GCC unroll 4
-    for (int n = 0; n < chains; ++n) sums[i] += chain[n * tokens * parts + i];
 }
 
 // A panel's weights and scales; `data` is unpacked where `F` says 8 bits.
@@ -87,31 +81,33 @@ struct Panel {
 template <class F, int tokens, bool asks>
 void tile(
     const Panel& from, const Levels& levels, const Product& p, int64_t t, float* y, int64_t first, int64_t last) {
-  const Integers& in = p.integers;
+  const Integers in = p.integers;  // a copy, which stores to results cannot change
   const int64_t groups = in.groups();
+  const float* const x_scales = in.scales + t * groups;
+  const std::int32_t* const balance = in.balance + t * groups;
   const std::int8_t* x[tokens];
   for (int m = 0; m < tokens; ++m) x[m] = in.values + (t + m) * in.stride;
-  vfloat totals[tokens * parts] = {};
-  for (int64_t g = 0; g < groups;) {
-    const int64_t stop = std::min(groups, g + F::part_groups);
-    vfloat part_totals[tokens * parts] = {};
-    for (; g < stop; ++g) {
-      vint sums[tokens * parts];
+  vfloat totals[tokens * parts] = {}, part_totals[tokens * parts];
+  const auto add_group = [&](int64_t g) [[gnu::always_inline]] {
+    vint sums[tokens * parts];
 #pragma GCC unroll 12
-      for (int m = 0; m < tokens; ++m)
-        for (int i = 0; i < parts; ++i) sums[m * parts + i] = start(in, t + m, g);
-      group_of_panel<F, tokens, asks>(from.data + g * (F::group * panel * F::bits / 8), x, levels, sums);
-      vfloat scale[parts];
-      for (int i = 0; i < parts; ++i) scale[i] = load(from.scales + g * from.scale_stride + i * lanes);
+    for (int m = 0; m < tokens; ++m)
+      for (int i = 0; i < parts; ++i) sums[m * parts + i] = start(balance + m * groups + g);
+    group_of_panel<F, tokens, asks>(from.data + g * (F::group * panel * F::bits / 8), x, levels, sums);
+    vfloat scale[parts];
+    for (int i = 0; i < parts; ++i) scale[i] = load(from.scales + g * from.scale_stride + i * lanes);
 #pragma GCC unroll 12
-      for (int m = 0; m < tokens; ++m) {
-        const vfloat of_x = splat(in.scales[(t + m) * groups + g]);
+    for (int m = 0; m < tokens; ++m) {
+      const vfloat of_x = splat(x_scales[m * groups + g]);
 #pragma GCC unroll 4
-        for (int i = 0; i < parts; ++i)
-          part_totals[m * parts + i] += to_floats(sums[m * parts + i]) * (scale[i] * of_x);
-        x[m] += F::group;
-      }
+      for (int i = 0; i < parts; ++i)
+        part_totals[m * parts + i] += to_floats(sums[m * parts + i]) * (scale[i] * of_x);
+      x[m] += F::group;
     }
+  };
+  for (int64_t g = 0; g < groups;) {
+    for (vfloat& total : part_totals) total = vfloat{};
+    for (const int64_t stop = std::min(groups, g + F::part_groups); g < stop; ++g) add_group(g);
 #pragma GCC unroll 12
     for (int i = 0; i < tokens * parts; ++i) totals[i] += part_totals[i];
   }
@@ -157,7 +153,7 @@ void unpack_panel(const std::uint8_t* codes, int64_t lines, const Levels& levels
   for (int64_t i = 0; i < lines; ++i, codes += line, numbers += 2 * line)
     for (int part = 0; part < line; part += vector_bytes) {
       const vbytes stored = load_bytes(codes + part);
-      store_bytes(numbers + part, levels(low_codes(stored)));
+      store_bytes(numbers + part, levels(stored));
       store_bytes(numbers + line + part, levels(high_codes(stored)));
     }
 }
@@ -273,7 +269,7 @@ inline void add_quad(
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) {
         vbytes numbers = mixed[v % 4];
-        if constexpr (F::bits == 4) numbers = levels(v < 4 ? low_codes(numbers) : high_codes(numbers));
+        if constexpr (F::bits == 4) numbers = levels(v < 4 ? numbers : high_codes(numbers));
         weights[v] = weights_of(numbers);
       }
       for (int64_t m = 0; m < count; ++m) {
@@ -373,7 +369,7 @@ void many_tokens_by_columns(const Matrix& w, const Product& p, int64_t begin, in
           interleave(stored, mixed);
           for (int v = 0; v < 4 * F::line_quads; ++v) {
             vbytes weights = mixed[v % 4];
-            if constexpr (F::bits == 4) weights = levels(v < 4 ? low_codes(weights) : high_codes(weights));
+            if constexpr (F::bits == 4) weights = levels(v < 4 ? weights : high_codes(weights));
             store_bytes(numbers + v * panel_bytes + (g * F::quads + q) * line + piece * vector_bytes, weights);
           }
         }
