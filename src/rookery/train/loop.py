@@ -237,6 +237,9 @@ def export(run: Run, out: Path) -> None:
             if full is None:
                 return
             run.task.model = full
+        elif run.device.type != "cpu":  # files are written from memory, and what a task kept from before is there
+            run.task.model.to("cpu")
+            run.task.trained.to("cpu")
         run.task.export(out)
     last = json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     facts = {name: value for name, value in last.items() if "loss" in name or name in ("step", "tokens")}

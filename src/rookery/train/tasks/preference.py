@@ -35,6 +35,7 @@ def document_log_probs(model: LanguageModel, batch: PackedBatch, start: Start | 
 
     No more logits are held at a time than `linear_cross_entropy` holds for one document.
     """
+    batch = moved(batch, model.head.weight.device)
     ends = batch.cu_seqlens.tolist()
     features, _ = model.features(batch.inputs, start and start(len(ends) - 1), batch.cu_seqlens)
     sums, counts = [], []
