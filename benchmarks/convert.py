@@ -29,6 +29,8 @@ CASES = {
     "bf16 to float16 ggmf": ("m.bin", ("--dtype", "float16")),
     "bf16 to gguf": ("m.gguf", ()),
     "bf16 to q8_0 gguf": ("m.gguf", ("--dtype", "q8_0")),
+    "bf16 to int8 safetensors": ("m.safetensors", ("--dtype", "int8")),
+    "bf16 to int4 safetensors": ("m.safetensors", ("--dtype", "int4")),
 }
 CHILD = """
 import sys, threading, time
@@ -80,6 +82,7 @@ def copy(source: Path, destination: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mb", type=float, default=1000.0)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), metavar="CASE")
     parser.add_argument("--folder", help="where to write (the folder for temporary files)")
     parser.add_argument("--save", action="store_true")
     given = parser.parse_args()
@@ -91,7 +94,7 @@ def main() -> None:
         seconds = interleaved({"copy": lambda: copy(source, folder / "copy")}, rounds=1, warmup=0).median("copy")
         (folder / "copy").unlink()
         rows = [{"conversion": "copy", "MB": megabytes, "MB/s": megabytes / seconds}]
-        rows += [measure(source, folder, case, megabytes, largest) for case in CASES]
+        rows += [measure(source, folder, case, megabytes, largest) for case in given.cases]
         report("convert", rows, Machine(threads=1), save=given.save)
 
 
