@@ -8,16 +8,19 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from rookery.models import load
+from rookery.models import create_model, load
 from rookery.recipes import recipe
 from rookery.train.config import overlay
 from rookery.train.loop import train
-from rookery.train.parallel import Place, blocks_of
+from rookery.train.parallel import Place, blocks_of, units_of
+from rookery.train.tasks.language import language_loss
 
 PROCESS = """
 import json, sys, time
@@ -126,3 +129,23 @@ def test_processes_that_cannot_be_grouped_are_refused():
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(ValueError, match="cannot be cut into pieces"):
         blocks_of(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name", ["rwkv7b-test", "rwkv6-test", "rwkv4-test", "arwkv-test", "transformer-test"])
+def test_the_mixers_of_every_family_are_found_and_can_be_computed_again(name):
+    model = create_model(name)
+    rows = torch.randint(1, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+
+    def gradients():
+        model.zero_grad()
+        loss = language_loss(model, rows[:, :-1], rows[:, 1:])
+        loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    expected = gradients()
+    units = units_of(model)
+    assert len(units) >= 2 * model.config.num_hidden_layers
+    for unit in units:
+        unit.forward = partial(checkpoint, unit.forward, use_reentrant=False)
+    for found, wanted in zip(gradients(), expected):
+        torch.testing.assert_close(found, wanted)

@@ -98,10 +98,9 @@ def moved(batch: Any, device: torch.device) -> Any:
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:
     """The model's blocks, in order; ValueError where it has none that this library knows."""
-    for name in ("blocks", "layers"):
-        found = getattr(model, name, None)
-        if isinstance(found, nn.ModuleList):
-            return found
+    for name, module in model.named_modules():  # transformers have them one level down, as "model.layers"
+        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in ("blocks", "layers"):
+            return module
     raise ValueError(f"{type(model).__name__} has neither `blocks` nor `layers`: it cannot be cut into pieces")
 
 
