@@ -7,6 +7,8 @@ import sys
 import threading
 
 import pytest
+import safetensors.torch
+import torch
 from support.files import tiny
 
 from rookery.checkpoints import hub, open_checkpoint
@@ -176,6 +178,36 @@ def test_paths_are_never_looked_up(tmp_path, monkeypatch):
         assert hub.address(path) is None, path
     assert hub.address("owner/name@v1") == ("owner/name", None, "v1")
     assert hub.address("owner/name/folder/m.pth") == ("owner/name", "folder/m.pth", None)
+
+
+def test_adapters_and_states_come_from_the_hub_too(server, weights, tmp_path):
+    from rookery.checkpoints.tuned_state import save_tuned_state
+
+    model = tiny()
+    state = model.init_state()
+    save_tuned_state(tmp_path / "tuned.pth", state, model.config)
+    shape = model.blocks[0].att.key.weight.shape
+    pair = {
+        "base_model.model.blocks.0.att.key.lora_A.weight": torch.ones(2, shape[1]),
+        "base_model.model.blocks.0.att.key.lora_B.weight": torch.ones(shape[0], 2),
+    }
+    safetensors.torch.save_file(pair, tmp_path / "adapter_model.safetensors")
+    server.repositories["some/model"] = {"model.safetensors": weights}
+    server.repositories["some/adapter"] = {
+        "adapter_model.safetensors": (tmp_path / "adapter_model.safetensors").read_bytes(),
+        "adapter_config.json": b'{"peft_type": "LORA", "r": 2, "lora_alpha": 4}',
+        "README.md": b"no need",
+    }
+    server.repositories["some/states"] = {"tuned.pth": (tmp_path / "tuned.pth").read_bytes(), "other.pth": b""}
+    code = (
+        "import rookery\n"
+        "llm = rookery.LLM('some/model', adapter='some/adapter', device='cpu')\n"
+        "assert llm.session('some/states/tuned.pth').tokens_seen == 0\n"
+    )
+    settings = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": server.endpoint, "HF_HUB_OFFLINE": "0"}
+    argv = [sys.executable, "-c", code]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, env=os.environ | settings)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_hub_id_works_wherever_a_path_does(server, weights, tmp_path):

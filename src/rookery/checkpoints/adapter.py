@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from rookery.checkpoints import adapter_rules as rules
+from rookery.checkpoints import hub
 from rookery.checkpoints.checkpoint import Checkpoint
 from rookery.checkpoints.detect import read_file
 from rookery.checkpoints.layout import from_foreign, to_foreign
@@ -79,7 +80,8 @@ class Adapter:
 
 
 def read_adapter(path: str | os.PathLike[str], *, alpha: float | None = None) -> Adapter:
-    """The adapter in a file or a folder of peft; BadCheckpoint where it is none, or cannot be merged."""
+    """The adapter in a file, a folder of peft or a Hub id; BadCheckpoint where it is none, or cannot be merged."""
+    path = hub.local(path)
     where, folder = os.fspath(path), Path(path)
     file = folder
     if folder.is_dir():

@@ -103,7 +103,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, settings: Mapping[str, Any]
     if not os.path.exists(path):
         from rookery.checkpoints import hub
 
-        path = hub.fetch(os.fspath(path)) if hub.address(path) else path
+        path = hub.local(path)
     where = os.fspath(path)
     source = read_folder(path) if os.path.isdir(path) else with_sidecar(read_file(path), where)
     try:

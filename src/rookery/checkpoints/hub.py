@@ -19,7 +19,14 @@ from rookery.errors import BadCheckpoint
 log = logging.getLogger("rookery")
 
 ENDINGS = (".safetensors", ".pth", ".pt", ".gguf", ".bin")
-BESIDE = ("config.json", "tokenizer.json", "vocab.txt", "rwkv_vocab_v20230424.txt", "20B_tokenizer.json")
+BESIDE = (
+    "config.json",
+    "adapter_config.json",
+    "tokenizer.json",
+    "vocab.txt",
+    "rwkv_vocab_v20230424.txt",
+    "20B_tokenizer.json",
+)
 """Small files that go with a model: settings and tokenizer."""
 WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Files that make a repository one model, the preferred first."""
@@ -44,9 +51,16 @@ def address(name: str | os.PathLike[str]) -> Address | None:
     if found is None or ".." in name or os.path.isdir(Path(name).parts[0]):
         return None
     repository, file, revision = found[1], found[2].strip("/") or None, found[3]
-    if file is None and repository.lower().endswith(ENDINGS):  # a file in a folder that is not there
+    if file is None and repository.lower().endswith(
+        (*ENDINGS, ".st", ".state")
+    ):  # a file in a folder that is not there
         return None
     return Address(repository, file, revision)
+
+
+def local(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """`path` itself, or where the file or folder of the Hub id that it is lies once it is fetched."""
+    return fetch(os.fspath(path)) if address(path) else path
 
 
 def fetch(

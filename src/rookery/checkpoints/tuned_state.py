@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rookery.checkpoints import hub
 from rookery.checkpoints.detect import read_file
 from rookery.checkpoints.source import Stored, in_memory, short
 from rookery.checkpoints.state_file import FORMAT as SESSION_FORMAT
@@ -112,6 +113,7 @@ def start_arrays(
     `fresh` gives the arrays of the state before the first token; `family`, `config` and `model` (its fingerprint) say
     which model asks. BadState for another model's.
     """
+    path = hub.local(path)
     ours = Path(path).suffix not in (".pth", ".pt", ".st")  # endings of other programs: say what these lack
     tuned = find_tuned_state(path) if ours or not os.path.exists(path) else read_tuned_state(path)
     if tuned is None:
