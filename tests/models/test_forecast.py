@@ -169,3 +169,37 @@ def test_pinball_without_levels_is_refused():
 def test_settings_that_cannot_be_are_refused(change, reason):
     with pytest.raises(ValueError, match=reason):
         create_model("rimer-test", **change)
+
+
+def test_eight_windows_can_be_learned_by_heart():
+    wave = torch.sin(torch.arange(400) / 3).repeat(8, 1) + 0.5 * torch.randn(
+        8, 400, generator=torch.Generator().manual_seed(0)
+    )
+    windows = wave[:, :40]
+    model = create_model("rimer-test", levels=())
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(300):
+        loss = forecast_loss(model, windows, 32)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    predicted, actual = model.pairs(windows, 32)
+    assert (predicted[:, -1, :, 0] - actual[:, -1]).square().mean() < 1e-3
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", "native"])
+def test_every_backend_of_the_recurrence_gives_the_same_forecast(backend, monkeypatch):
+    from rookery.models import rwkv7
+    from rookery.ops.wkv7 import wkv7
+
+    model, series = randomised("rimer-test", dtype=torch.float32), some_series(2, 60)
+    want = model.forecast(series, 24)
+    calls = []
+
+    def chosen(**given):
+        calls.append(backend)
+        return wkv7(**given, backend=backend)
+
+    monkeypatch.setattr(rwkv7.TimeMix, "recurrence", staticmethod(chosen))
+    torch.testing.assert_close(model.forecast(series, 24), want, rtol=1e-4, atol=1e-4)
+    assert calls
