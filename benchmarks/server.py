@@ -6,7 +6,7 @@
 RWKV-7 with random weights. Every client sends a prompt of 64 tokens (all its own, or 48 shared and 16 its own), reads
 the stream of 64 tokens to its end and asks again, until the time is over. Token ids travel, so no tokenizer is timed.
 Told are tokens/s, the time to the first token and between tokens (median and 99th percentile), peak memory, errors.
-DIR has llama-server and llama-quantize. --save writes benchmarks/results/server.json.
+DIR has llama-server and llama-quantize. --save writes benchmarks/results/server-BITS.json.
 """
 
 import argparse
@@ -184,7 +184,7 @@ def main() -> None:
                         row["ratio"] = statistics.median(a["tokens/s"] / max(b["tokens/s"], 1e-9) for a, b in pairs)
                     rows.append(row)
                     print(json.dumps(row), file=sys.stderr)
-        report("server", rows, Machine(threads=int(cores)), save=given.save)
+        report(f"server-{given.bits}", rows, Machine(threads=int(cores)), save=given.save)
 
 
 def rookery(files: Files, given: argparse.Namespace, clients: int) -> list[str]:
