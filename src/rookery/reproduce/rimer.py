@@ -134,26 +134,31 @@ def generated(path: Path) -> Path:
 
 
 def streaming(work: Work) -> dict[str, list[list[float]]]:
-    """History in points -> bytes of state and milliseconds to take in a patch, RWKV-7 and transformer."""
+    """[points of history, bytes of state, milliseconds of one more patch] of RWKV-7 and the transformer.
+
+    All streams take their turns, so that a slow moment of the machine hits every one of them.
+    """
     lengths = work.size(quick=(48, 480), default=(336, 3360, 33600, 100800), full=(336, 3360, 33600, 336000))
-    found = {}
-    for arm in arms(96)[:2]:
-        model = arm.create(0).eval()
-        found[arm.name] = [[length, *step_cost(model, length)] for length in lengths]
-    return found
+    models = {arm.name: arm.create(0).eval() for arm in arms(96)[:2]}
+    streams = {(name, length): opened(model, length) for name, model in models.items() for length in lengths}
+    patch = np.sin(np.arange(24) / 4).astype(np.float32)
+    times: dict[tuple[str, int], list[float]] = {key: [] for key in streams}
+    sizes = {key: stream.state_bytes for key, stream in streams.items()}
+    for _ in range(work.size(quick=3, default=60, full=60)):
+        for key, stream in streams.items():
+            began = time.perf_counter()
+            stream.push(patch)
+            times[key].append(1e3 * (time.perf_counter() - began))
+    return {name: [[n, sizes[name, n], statistics.median(times[name, n])] for n in lengths] for name in models}
 
 
-def step_cost(model: Any, length: int) -> tuple[float, float]:
-    """Bytes of state after `length` points, and the median milliseconds that another patch takes."""
+def opened(model: Any, length: int) -> ForecastStream:
+    """A stream that has read so many points."""
     series = np.sin(np.arange(length) / 4).astype(np.float32)
-    stream, times = ForecastStream(model, series[:24]), []
+    stream = ForecastStream(model, series[:24])
     for start in range(24, length, 2400):
         stream.push(series[start : start + 2400])
-    for _ in range(20):
-        began = time.perf_counter()
-        stream.push(series[:24])
-        times.append(1e3 * (time.perf_counter() - began))
-    return stream.state_bytes, statistics.median(times)
+    return stream
 
 
 def released(work: Work) -> dict[str, list[float]]:
