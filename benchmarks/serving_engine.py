@@ -57,7 +57,7 @@ def batched_bench(
     """Seconds that llama-batched-bench takes for the load, without loading the model."""
     words = [program, "-m", gguf, "-t", str(threads), "-tb", str(threads), "-b", "2048", "-ub", "512"]
     words += ["-c", str(max(4096, 2 * sessions * (prompt + tokens))), "-npp", str(prompt), "-ntg", str(tokens)]
-    words += ["-npl", str(sessions), "--output-format", "jsonl", *(["-pps"] if shared else [])]
+    words += ["-npl", str(sessions), "--output-format", "jsonl", *(["-pps", "-kvu"] if shared else [])]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     line = next(line for line in done.stdout.splitlines() if line.startswith("{"))
     return float(json.loads(line)["t"])
@@ -76,7 +76,7 @@ def measure_sessions(given: argparse.Namespace, llm: LLM) -> list[dict[str, Any]
                 counts = run().counts
                 ours.append(time.perf_counter() - started)
                 if given.llama_batched_bench:
-                    peer.append(batched_bench(given, *load))
+                    peer.append(batched_bench(given.llama_batched_bench, given.gguf, *load))
                 print(f"{sessions} sessions, round {turn + 1}: {ours[-1]:.2f} s", *peer[-1:], flush=True)
             row = {"sessions": sessions, "prefix": "shared" if shared else "own", "seconds": statistics.median(ours)}
             row["texts' tokens/s"] = sessions * given.tokens / row["seconds"]
