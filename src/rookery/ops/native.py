@@ -29,6 +29,27 @@ def addresses(**tensors: Tensor) -> dict[str, int]:
     return {name: x.data_ptr() for name, x in tensors.items()}
 
 
+def address(tensor: Tensor) -> tuple[int, bool]:
+    """Where a tensor lies, and whether it holds bfloat16: how the recurrences are told of it."""
+    return tensor.data_ptr(), tensor.dtype == torch.bfloat16
+
+
+def empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Contiguous memory for results of these shapes and dtypes."""
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
+
+
+def empty_checkpoints(
+    x: Tensor, state: Tensor, cu_seqlens: Tensor | None, chunk: int, shape: tuple[int, ...], keep: bool
+) -> Tensor:
+    """Memory for what a recurrence keeps at the start of every `chunk` tokens of x [b, t, …]; none unless `keep`."""
+    batch, tokens = x.shape[:2]
+    # every document starts a chunk of its own; their number depends on the data, so this is the most there can be
+    chunks = batch * -(-tokens // chunk) if cu_seqlens is None else tokens // chunk + state.shape[0]
+    empty = state.new_empty if cu_seqlens is None else state.new_zeros  # zeros where nothing will be written
+    return empty(chunks if keep else 0, *shape)
+
+
 def sequence_starts(x: Tensor, cu_seqlens: Tensor | None) -> list[int]:
     """The first token of each row of the state, counted over the whole batch of x [b, t, …], and the number of tokens.
 

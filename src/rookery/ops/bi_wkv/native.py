@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rookery.ops.dispatch import native_module, native_why_not
-from rookery.ops.native import DTYPES
+from rookery.ops.native import DTYPES, address, empty_like
 
 
 def why_not(*, omega: Tensor, mu: Tensor, k: Tensor, v: Tensor, compat: str = "exact") -> str | None:
@@ -28,14 +28,14 @@ def bi_wkv(*, omega: Tensor, mu: Tensor, k: Tensor, v: Tensor, compat: str = "ex
 @torch.library.custom_op("rookery::bi_wkv_native", mutates_args=())
 def _forward(omega: Tensor, mu: Tensor, k: Tensor, v: Tensor, isa: str) -> Tensor:
     omega, mu, k, v = omega.float().contiguous(), mu.float().contiguous(), k.contiguous(), v.contiguous()
-    y = _empty_like(v)
-    native_module().bi_wkv_forward(**_inputs(omega, mu, k, v, isa), y=_address(y))
+    (y,) = empty_like(v)
+    native_module().bi_wkv_forward(**_inputs(omega, mu, k, v, isa), y=address(y))
     return y
 
 
 @_forward.register_fake
 def _(_omega, _mu, _k, v, _isa):
-    return _empty_like(v)
+    return empty_like(v)[0]
 
 
 @torch.library.custom_op("rookery::bi_wkv_native_backward", mutates_args=())
@@ -44,23 +44,23 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtypes = omega.dtype, mu.dtype
     omega, mu, k, v = omega.float().contiguous(), mu.float().contiguous(), k.contiguous(), v.contiguous()
-    grad_y, grad_k, grad_v = grad_y.contiguous(), _empty_like(k), _empty_like(v)
+    grad_y, grad_k, grad_v = grad_y.contiguous(), *empty_like(k, v)
     # one for every row, added up below
     parts = [omega.new_empty(k.shape[0], k.shape[2]) for _ in range(2)]
     native_module().bi_wkv_backward(
         **_inputs(omega, mu, k, v, isa),
-        grad_y=_address(grad_y),
+        grad_y=address(grad_y),
         grad_omega=parts[0].data_ptr(),
         grad_mu=parts[1].data_ptr(),
-        grad_k=_address(grad_k),
-        grad_v=_address(grad_v),
+        grad_k=address(grad_k),
+        grad_v=address(grad_v),
     )
     return *(part.sum(0).to(dtype) for part, dtype in zip(parts, dtypes)), grad_k, grad_v
 
 
 @_backward.register_fake
 def _(omega, mu, k, v, _grad_y, _isa):
-    return tuple(_empty_like(x) for x in (omega, mu, k, v))
+    return empty_like(omega, mu, k, v)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -76,13 +76,5 @@ _forward.register_autograd(
 def _inputs(omega: Tensor, mu: Tensor, k: Tensor, v: Tensor, isa: str) -> dict[str, Any]:
     batch, tokens, channels = k.shape
     sizes = {"batch": batch, "tokens": tokens, "channels": channels}
-    tensors = {"omega": omega.data_ptr(), "mu": mu.data_ptr(), "k": _address(k), "v": _address(v)}
+    tensors = {"omega": omega.data_ptr(), "mu": mu.data_ptr(), "k": address(k), "v": address(v)}
     return sizes | tensors | {"threads": torch.get_num_threads(), "isa": isa}
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _address(tensor: Tensor) -> tuple[int, bool]:
-    return tensor.data_ptr(), tensor.dtype == torch.bfloat16

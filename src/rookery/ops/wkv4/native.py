@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rookery.ops.dispatch import native_module, native_why_not
-from rookery.ops.native import sequence_starts
+from rookery.ops.native import address, empty_checkpoints, empty_like, sequence_starts
 
 
 def why_not(*, log_w, u, k, v, state, cu_seqlens=None) -> str | None:
@@ -51,10 +51,10 @@ def _forward(
         channels=k.shape[2],
         log_w=log_w.data_ptr(),
         u=u.data_ptr(),
-        k=_address(k),
-        v=_address(v),
+        k=address(k),
+        v=address(v),
         state=state.data_ptr(),
-        y=_address(y),
+        y=address(y),
         last_state=last_state.data_ptr(),
         checkpoints=checkpoints.data_ptr(),
         threads=torch.get_num_threads(),
@@ -83,7 +83,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of log_w, u, k, v and the initial state, each in the dtype of its tensor."""
     wide_log_w, wide_u, k, v, state = log_w.float().contiguous(), u.float().contiguous(), *_contiguous(k, v, state)
-    grad_k, grad_v, grad_state = _empty_like(k, v, state)
+    grad_k, grad_v, grad_state = empty_like(k, v, state)
     # one for every row, added up below
     grad_log_w, grad_u = (state.new_empty(state.shape[0], k.shape[2]) for _ in range(2))
     grad_y = None if grad_y is None else grad_y.contiguous()
@@ -93,16 +93,16 @@ def _backward(
         channels=k.shape[2],
         log_w=wide_log_w.data_ptr(),
         u=wide_u.data_ptr(),
-        k=_address(k),
-        v=_address(v),
+        k=address(k),
+        v=address(v),
         state=state.data_ptr(),
         checkpoints=checkpoints.data_ptr(),
-        grad_y=(0, False) if grad_y is None else _address(grad_y),
+        grad_y=(0, False) if grad_y is None else address(grad_y),
         grad_last_state=0 if grad_last_state is None else grad_last_state.data_ptr(),
         grad_log_w=grad_log_w.data_ptr(),
         grad_u=grad_u.data_ptr(),
-        grad_k=_address(grad_k),
-        grad_v=_address(grad_v),
+        grad_k=address(grad_k),
+        grad_v=address(grad_v),
         grad_state=grad_state.data_ptr(),
         threads=torch.get_num_threads(),
         isa=isa,
@@ -112,7 +112,7 @@ def _backward(
 
 @_backward.register_fake
 def _(*tensors_and_settings):
-    return _empty_like(*tensors_and_settings[:5])
+    return empty_like(*tensors_and_settings[:5])
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -132,21 +132,9 @@ _forward.register_autograd(_differentiate, setup_context=_setup_context)
 def _empty_results(
     k: Tensor, v: Tensor, state: Tensor, cu_seqlens: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    chunk = native_module().WKV4_CHUNK
-    batch, tokens = k.shape[:2]
-    # every document starts a chunk of its own; their number depends on the data, so this is the most there can be
-    chunks = batch * -(-tokens // chunk) if cu_seqlens is None else tokens // chunk + state.shape[0]
-    empty = state.new_empty if cu_seqlens is None else state.new_zeros  # zeros where nothing will be written
-    return *_empty_like(v, state), empty(chunks if keep else 0, 3, k.shape[2])
+    checkpoints = empty_checkpoints(k, state, cu_seqlens, native_module().WKV4_CHUNK, (3, k.shape[2]), keep)
+    return *empty_like(v, state), checkpoints
 
 
 def _contiguous(*tensors: Tensor) -> list[Tensor]:
     return [x.contiguous() for x in tensors]
-
-
-def _empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
-
-
-def _address(tensor: Tensor) -> tuple[int, bool]:
-    return tensor.data_ptr(), tensor.dtype == torch.bfloat16

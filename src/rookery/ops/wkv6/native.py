@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rookery.ops.dispatch import native_module, native_why_not
-from rookery.ops.native import sequence_starts
+from rookery.ops.native import address, empty_checkpoints, empty_like, sequence_starts
 
 MULTIPLE = 16
 """Keys and values of a head come in multiples of this: one vector of the widest instruction set."""
@@ -59,11 +59,11 @@ def _forward(
     native_module().wkv6_forward(
         starts=sequence_starts(r, cu_seqlens),
         sizes=[state.shape[1], state.shape[3], state.shape[2]],
-        inputs=[_address(x) for x in inputs],
+        inputs=[address(x) for x in inputs],
         constant_decay=log_w.dim() == 2,
         u=u.data_ptr(),
         state=state.data_ptr(),
-        y=_address(y),
+        y=address(y),
         last_state=last_state.data_ptr(),
         checkpoints=checkpoints.data_ptr(),
         threads=torch.get_num_threads(),
@@ -93,7 +93,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of r, log_w, k, v, u and the initial state, each in the dtype of its tensor."""
     inputs, wide_u = [x.contiguous() for x in (r, log_w, k, v)], u.float().contiguous()
-    grad_r, grad_log_w, grad_k, grad_v, _, grad_state = _empty_like(*inputs, u, state)
+    grad_r, grad_log_w, grad_k, grad_v, _, grad_state = empty_like(*inputs, u, state)
     # one for every row, added up below
     rows, heads, _, key = state.shape
     grad_u = state.new_empty(rows, heads, key)
@@ -104,13 +104,13 @@ def _backward(
     native_module().wkv6_backward(
         starts=sequence_starts(r, cu_seqlens),
         sizes=[heads, key, state.shape[2]],
-        inputs=[_address(x) for x in inputs],
+        inputs=[address(x) for x in inputs],
         constant_decay=constant,
         u=wide_u.data_ptr(),
         checkpoints=checkpoints.data_ptr(),
-        grad_y=(0, False) if grad_y is None else _address(grad_y),
+        grad_y=(0, False) if grad_y is None else address(grad_y),
         grad_last_state=0 if grad_last_state is None else grad_last_state.data_ptr(),
-        grads=[_address(x) for x in (grad_r, grad_log_w, grad_k, grad_v)],
+        grads=[address(x) for x in (grad_r, grad_log_w, grad_k, grad_v)],
         grad_u=grad_u.data_ptr(),
         grad_state=grad_state.data_ptr(),
         threads=torch.get_num_threads(),
@@ -123,7 +123,7 @@ def _backward(
 
 @_backward.register_fake
 def _(*tensors_and_settings):
-    return _empty_like(*tensors_and_settings[:6])
+    return empty_like(*tensors_and_settings[:6])
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -143,17 +143,5 @@ _forward.register_autograd(_differentiate, setup_context=_setup_context)
 def _empty_results(
     r: Tensor, v: Tensor, state: Tensor, cu_seqlens: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    chunk = native_module().WKV6_CHUNK
-    batch, tokens = r.shape[:2]
-    # every document starts a chunk of its own; their number depends on the data, so this is the most there can be
-    chunks = batch * -(-tokens // chunk) if cu_seqlens is None else tokens // chunk + state.shape[0]
-    empty = state.new_empty if cu_seqlens is None else state.new_zeros  # zeros where nothing will be written
-    return *_empty_like(v, state), empty(chunks if keep else 0, *state.shape[1:])
-
-
-def _empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
-
-
-def _address(tensor: Tensor) -> tuple[int, bool]:
-    return tensor.data_ptr(), tensor.dtype == torch.bfloat16
+    checkpoints = empty_checkpoints(r, state, cu_seqlens, native_module().WKV6_CHUNK, state.shape[1:], keep)
+    return *empty_like(v, state), checkpoints

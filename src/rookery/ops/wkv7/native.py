@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rookery.ops.dispatch import native_module, native_why_not
+from rookery.ops.native import address, empty_checkpoints, empty_like, sequence_starts
 
 MULTIPLE = 16
 """Keys and values of a head come in multiples of this: one vector of the widest instruction set."""
@@ -58,11 +59,11 @@ def _forward(
     state = state.contiguous()
     y, last_state, checkpoints, removed = results = _empty_results(r, v, state, cu_seqlens, keep)
     native_module().wkv7_forward(
-        starts=_starts(r, cu_seqlens),
+        starts=sequence_starts(r, cu_seqlens),
         sizes=[state.shape[1], state.shape[3], state.shape[2]],
-        inputs=[_address(x) for x in inputs],
+        inputs=[address(x) for x in inputs],
         state=state.data_ptr(),
-        y=_address(y),
+        y=address(y),
         last_state=last_state.data_ptr(),
         checkpoints=checkpoints.data_ptr(),
         removed=removed.data_ptr(),
@@ -95,18 +96,18 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of r, log_w, k, v, a, b and the initial state, each in the dtype of its tensor."""
     inputs = [x.contiguous() for x in (r, log_w, k, v, a, b)]
-    grads = _empty_grads(*inputs, state)
+    grads = empty_like(*inputs, state)
     grad_y = None if grad_y is None else grad_y.contiguous()
     grad_last_state = None if grad_last_state is None else grad_last_state.contiguous()
     native_module().wkv7_backward(
-        starts=_starts(r, cu_seqlens),
+        starts=sequence_starts(r, cu_seqlens),
         sizes=[state.shape[1], state.shape[3], state.shape[2]],
-        inputs=[_address(x) for x in inputs],
+        inputs=[address(x) for x in inputs],
         checkpoints=checkpoints.data_ptr(),
         removed=removed.data_ptr(),
-        grad_y=(0, False) if grad_y is None else _address(grad_y),
+        grad_y=(0, False) if grad_y is None else address(grad_y),
         grad_last_state=0 if grad_last_state is None else grad_last_state.data_ptr(),
-        grads=[_address(x) for x in grads[:6]],
+        grads=[address(x) for x in grads[:6]],
         grad_state=grads[6].data_ptr(),
         threads=torch.get_num_threads(),
         isa=isa,
@@ -116,7 +117,7 @@ def _backward(
 
 @_backward.register_fake
 def _(*tensors_and_settings):
-    return _empty_grads(*tensors_and_settings[:7])
+    return empty_like(*tensors_and_settings[:7])
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -137,34 +138,7 @@ _forward.register_autograd(_differentiate, setup_context=_setup_context)
 def _empty_results(
     r: Tensor, v: Tensor, state: Tensor, cu_seqlens: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, heads, value, key = state.shape
     batch, tokens = r.shape[:2]
-    chunk = native_module().WKV7_CHUNK
-    # every document starts a chunk of its own; their number depends on the data, so this is the most there can be
-    chunks = batch * ((tokens + chunk - 1) // chunk) if cu_seqlens is None else tokens // chunk + rows
-    empty = state.new_empty if cu_seqlens is None else state.new_zeros  # zeros where nothing will be written
-    return (
-        torch.empty_like(v, memory_format=torch.contiguous_format),
-        torch.empty_like(state, memory_format=torch.contiguous_format),
-        empty(chunks if keep else 0, heads, value, key),
-        state.new_empty(batch if keep else 0, tokens, heads, value),
-    )
-
-
-def _empty_grads(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
-
-
-def _address(tensor: Tensor) -> tuple[int, bool]:
-    return tensor.data_ptr(), tensor.dtype == torch.bfloat16
-
-
-def _starts(r: Tensor, cu_seqlens: Tensor | None) -> list[int]:
-    """The first token of each row of the state, counted over the whole batch, and the number of tokens."""
-    batch, tokens = r.shape[:2]
-    if cu_seqlens is None:
-        return [row * tokens for row in range(batch + 1)]
-    starts = cu_seqlens.tolist()
-    if batch != 1 or starts[0] != 0 or starts[-1] != tokens or any(x > y for x, y in zip(starts, starts[1:])):
-        raise ValueError(f"cu_seqlens must rise from 0 to {tokens} in a batch of 1; it is {starts}, the batch {batch}")
-    return starts
+    removed = state.new_empty(batch if keep else 0, tokens, *state.shape[1:3])
+    checkpoints = empty_checkpoints(r, state, cu_seqlens, native_module().WKV7_CHUNK, state.shape[1:], keep)
+    return *empty_like(v, state), checkpoints, removed
