@@ -21,6 +21,9 @@ MODELS = [
     ("rad-rwkv6-test", {"balance_state": False, "gate": "low-rank", "gate_rank": 6}),
     ("rad-rwkv7-test", {}),
     ("rad-rwkv7-test", {"balance_state": False, "has_group_norm": True, "rope_theta": None}),
+    ("arwkv-hybrid-test", {"attention_rope_theta": 5e5, "attention_bias": False}),
+    ("rad-rwkv7-test", {"attention_layers": (0,), "rope_theta": None, "attention_rope_theta": 1e4}),
+    ("rad-rwkv6-test", {"attention_layers": (1,)}),
 ]
 
 
@@ -94,8 +97,11 @@ def test_what_llama_cpp_cannot_run_is_not_written(tmp_path):
     saved(tmp_path / "wide.safetensors", "rad-rwkv6-test")
     saved(tmp_path / "delta.safetensors", "arwkv-test", gate="delta")
     saved(tmp_path / "seven.safetensors", "rad-rwkv7-test")
-    for name in ("low", "wide", "delta", "seven"):
-        with pytest.raises(ValueError, match="cannot be written as gguf; it can as official, pth, hf"):
+    saved(tmp_path / "hybrid.safetensors", "arwkv-hybrid-test")
+    kinds = {"hybrid": "arwkv with softmax attention in 2 blocks"}
+    for name in ("low", "wide", "delta", "seven", "hybrid"):
+        kind = kinds.get(name, "")
+        with pytest.raises(ValueError, match=f"{kind} cannot be written as gguf; it can as official, pth"):
             convert(tmp_path / f"{name}.safetensors", tmp_path / "x.gguf")
         assert not (tmp_path / "x.gguf").exists()
 

@@ -15,9 +15,9 @@ CUTS = (1, 2, 7, 31, 33, 64, 69)
 
 
 def names() -> list[str]:
-    """The -test preset of every registered family of language models."""
+    """The -test presets of every registered family of language models, hybrid ones among them."""
     language = [family.name for family in families().values() if family.kind == "language"]
-    return [name for family in language for name in list_models(f"{family}-test")]
+    return [name for family in language for end in ("test", "*-test") for name in list_models(f"{family}-{end}")]
 
 
 def randomised(name: str, *, dtype: torch.dtype = torch.float64, seed: int = 1, **overrides) -> LanguageModel:

@@ -120,12 +120,16 @@ def _target(checkpoint: Checkpoint, path: Path, to: str | None) -> str:
 
 
 def _kind(checkpoint: Checkpoint) -> str:
+    if kept := getattr(checkpoint.config, "attention_layers", ()):
+        return f"{checkpoint.family.name} with softmax attention in {len(kept)} blocks"
     return getattr(checkpoint.config, "variant", checkpoint.family.name)
 
 
 def _variant_without(checkpoint: Checkpoint, target: str) -> bool:
     """True for what no other program runs: the variants of RWKV-6, and converted models outside of their folders."""
     config = checkpoint.config
+    if target == "gguf" and getattr(config, "attention_layers", ()):
+        return True  # no architecture of llama.cpp mixes these blocks with attention
     if target == "gguf" and checkpoint.family.name == "rad-rwkv6":
         return config.gate != "full" or not config.balance_state or config.mixed_width != config.hidden_size
     if target == "gguf" and checkpoint.family.name == "arwkv":

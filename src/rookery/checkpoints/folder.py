@@ -72,6 +72,10 @@ def _hints(config: Path) -> dict[str, Any]:
     width, heads = hints.get("hidden_size"), hints.get("num_attention_heads")
     if type(width) is int and type(heads) is int and heads > 0:
         hints.setdefault("head_dim", width // heads)
+    if "rope_theta" in hints:  # of attention that hybrids keep, whatever their time mix does
+        hints.setdefault("attention_rope_theta", hints["rope_theta"])
+    if "head_dim" in hints:
+        hints.setdefault("attention_head_dim", hints["head_dim"])
     if hints.get("use_rope") is False:
         hints["rope_theta"] = None
     names = (

@@ -85,6 +85,19 @@ def _fla_6(config: Any) -> dict[str, Any]:
     }
 
 
+def _hybrid(family: str, config: Any) -> dict[str, Any]:
+    """Which blocks keep attention, as the published code is told, and the sizes of that attention."""
+    kept, layers = config.attention_layers, config.num_hidden_layers
+    theta = {"attention_rope_theta": config.attention_rope_theta}
+    if family == "arwkv":
+        mixed = [i for i in range(layers) if i not in kept]
+        sizes = {"attention_head_dim": config.attention_head_dim, "head_dim": config.head_dim}
+        heads = {"num_attention_heads": config.attention_heads, "num_key_value_heads": config.attention_kv_heads}
+        return theta | sizes | heads | {"wkv_layers": mixed, "rope_theta": config.attention_rope_theta}
+    last = kept == tuple(range(layers - len(kept), layers))
+    return theta | ({"num_attention_layers": len(kept)} if last else {"attention_layers": list(kept)})
+
+
 def _converted(family: str, config: Any) -> dict[str, Any]:
     kind, name = CONVERTED[family]
     settings = {
@@ -96,6 +109,8 @@ def _converted(family: str, config: Any) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": getattr(config, "num_key_value_heads", config.num_heads),
     }
+    if config.attention_layers:
+        settings |= _hybrid(family, config)
     if family == "arwkv":
         return settings | {
             "head_size": config.head_dim,

@@ -5,9 +5,9 @@ from typing import Any
 
 from rookery.errors import BadCheckpoint
 from rookery.families.base import Shapes
-from rookery.families.converted import ConvertedConfig, body_sizes
+from rookery.families.converted import LAYER, ConvertedConfig, body_sizes, kept_layers, mixers_of
 
-AT = "model.layers.0.self_attn."
+AT = f"{LAYER}self_attn."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,7 @@ class RADConfig(ConvertedConfig):
     """Biases on query, key and value projections (Qwen2)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -37,6 +38,10 @@ class RADConfig(ConvertedConfig):
         """Channels of all heads."""
         return self.num_attention_heads * self.head_dim
 
+    def attention_sizes(self) -> dict[str, int | bool]:
+        names = ("num_attention_heads", "num_key_value_heads", "head_dim", "qkv_bias")
+        return {name: getattr(self, name) for name in names}
+
 
 def projection_shapes(config: RADConfig) -> dict[str, tuple[int, ...]]:
     """q_proj, k_proj, v_proj and o_proj."""
@@ -50,11 +55,16 @@ def projection_shapes(config: RADConfig) -> dict[str, tuple[int, ...]]:
     return shapes | {"o_proj.weight": (width, mixed)}
 
 
-def head_sizes(shapes: Shapes, family: str, head_dim: int | None) -> dict[str, Any]:
-    """Body and heads from the tensors. The head size, if not given, is 64, or 128 where the width is at least 2048."""
+def head_sizes(shapes: Shapes, family: str, head_dim: int | None, mark: str) -> dict[str, Any]:
+    """Body and heads from the tensors. The head size, if not given, is 64, or 128 where the width is at least 2048.
+
+    Blocks without the tensor `mark` keep attention.
+    """
     sizes = body_sizes(shapes, family)
+    mixers = mixers_of(shapes, mark) or [0]
+    at = AT.format(layer=mixers[0])
     try:
-        mixed, keys = shapes[AT + "q_proj.weight"][0], shapes[AT + "k_proj.weight"][0]
+        mixed, keys = shapes[at + "q_proj.weight"][0], shapes[at + "k_proj.weight"][0]
     except KeyError as missing:
         raise BadCheckpoint(f"not a whole {family} checkpoint: {missing} is missing") from None
     head_dim = head_dim or (128 if sizes["hidden_size"] >= 2048 else 64)
@@ -64,4 +74,5 @@ def head_sizes(shapes: Shapes, family: str, head_dim: int | None) -> dict[str, A
             "channels; keep config.json beside the file"
         )
     heads = {"num_attention_heads": mixed // head_dim, "num_key_value_heads": keys // head_dim, "head_dim": head_dim}
-    return sizes | heads | {"qkv_bias": AT + "q_proj.bias" in shapes}
+    kept = {"attention_layers": kept_layers(shapes, mixers)}
+    return sizes | heads | kept | {"qkv_bias": at + "q_proj.bias" in shapes}

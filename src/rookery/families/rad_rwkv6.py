@@ -5,7 +5,7 @@ from typing import Literal
 
 from rookery.errors import BadCheckpoint
 from rookery.families.base import Family, Shapes
-from rookery.families.converted import GGUF_BODY, LAYER, body_shapes, lora_rank
+from rookery.families.converted import GGUF_BODY, LAYER, body_shapes, lora_rank, mixers_of
 from rookery.families.layout import Layout, Rule
 from rookery.families.rad import AT, RADConfig, head_sizes, projection_shapes
 
@@ -61,26 +61,32 @@ def tensor_shapes(config: RADRWKV6Config) -> dict[str, tuple[int, ...]]:
 
 
 def recognise(shapes: Shapes) -> bool:
-    return AT + "time_maa_w1" in shapes and AT + "q_proj.weight" in shapes
+    found = mixers_of(shapes, "time_maa_w1")
+    return bool(found) and AT.format(layer=found[0]) + "q_proj.weight" in shapes
 
 
 def config_from_shapes(
-    shapes: Shapes, head_dim: int | None = None, balance_state: bool | None = None
+    shapes: Shapes,
+    head_dim: int | None = None,
+    balance_state: bool | None = None,
+    attention_rope_theta: float | None = 1e6,
 ) -> RADRWKV6Config:
     """Sizes from the tensors; the head size as in `rad.head_sizes`, the state balanced unless told otherwise."""
-    sizes = head_sizes(shapes, "RAD-RWKV6", head_dim)
+    sizes = head_sizes(shapes, "RAD-RWKV6", head_dim, "time_maa_w1")
+    at = AT.format(layer=(mixers_of(shapes, "time_maa_w1") or [0])[0])
     try:
         ranks = {
-            "mix_rank": shapes[AT + "time_maa_w1"][1] // len(SIGNALS),
-            "decay_rank": shapes[AT + "time_decay_w1"][1],
+            "mix_rank": shapes[at + "time_maa_w1"][1] // len(SIGNALS),
+            "decay_rank": shapes[at + "time_decay_w1"][1],
         }
     except KeyError as missing:
         raise BadCheckpoint(f"not a whole RAD-RWKV6 checkpoint: {missing} is missing") from None
-    if AT + "g1" in shapes:
-        ranks |= {"gate": "low-rank", "gate_rank": shapes[AT + "g1"][1]}
-    elif AT + "gate.weight" not in shapes:
+    if at + "g1" in shapes:
+        ranks |= {"gate": "low-rank", "gate_rank": shapes[at + "g1"][1]}
+    elif at + "gate.weight" not in shapes:
         ranks["gate"] = "none"
-    return RADRWKV6Config(**sizes, **ranks, balance_state=True if balance_state is None else balance_state)
+    balanced = True if balance_state is None else balance_state
+    return RADRWKV6Config(**sizes, **ranks, balance_state=balanced, attention_rope_theta=attention_rope_theta)
 
 
 BLK = "blk.{layer}.time_mix_"
@@ -137,7 +143,7 @@ FAMILY = Family(
     create=create,
     recognise=recognise,
     config_from_shapes=config_from_shapes,
-    not_in_shapes=("head_dim", "balance_state"),
+    not_in_shapes=("head_dim", "balance_state", "attention_rope_theta"),
     tensor_shapes=tensor_shapes,
     layouts={"gguf": GGUF, "hf": Layout(rules=())},
     fingerprinted=("model.embed_tokens.weight", "model.norm.weight"),

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from rookery.errors import BadCheckpoint
 from rookery.families.base import Family, Shapes
-from rookery.families.converted import body_shapes, lora_rank
+from rookery.families.converted import body_shapes, lora_rank, mixers_of
 from rookery.families.layout import Layout
 from rookery.families.rad import AT, RADConfig, head_sizes, projection_shapes
 
@@ -54,7 +54,7 @@ def tensor_shapes(config: RADRWKV7Config) -> dict[str, tuple[int, ...]]:
 
     def mixer(i: int) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = projection_shapes(config)
-        for name in "wavg" if i else "wag":
+        for name in "wag" if i == config.first_mixer else "wavg":
             shapes |= {f"{name}1": (width, ranks[name]), f"{name}2": (ranks[name], mixed)}
             if name != "g":
                 shapes[f"{name}0"] = (1, 1, mixed)
@@ -68,7 +68,8 @@ def tensor_shapes(config: RADRWKV7Config) -> dict[str, tuple[int, ...]]:
 
 
 def recognise(shapes: Shapes) -> bool:
-    return AT + "w0" in shapes and AT + "q_proj.weight" in shapes
+    found = mixers_of(shapes, "w0")
+    return bool(found) and AT.format(layer=found[0]) + "q_proj.weight" in shapes
 
 
 def config_from_shapes(
@@ -77,15 +78,18 @@ def config_from_shapes(
     balance_state: bool | None = None,
     has_group_norm: bool | None = None,
     rope_theta: float | None = 1e6,
+    attention_rope_theta: float | None = 1e6,
 ) -> RADRWKV7Config:
     """Sizes from the tensors. What no tensor tells has the published defaults: a balanced state, no norm, RoPE."""
-    sizes = head_sizes(shapes, "RAD-RWKV7", head_dim)
+    sizes = head_sizes(shapes, "RAD-RWKV7", head_dim, "w0")
+    mixers = mixers_of(shapes, "w0") or [0]
+    at = AT.format(layer=mixers[0])
     try:
-        ranks = {name: shapes[AT + part][1] for name, part in (("decay_rank", "w1"), ("rate_rank", "a1"))}
-        ranks["gate_rank"] = shapes[AT + "g1"][1]
+        ranks = {name: shapes[at + part][1] for name, part in (("decay_rank", "w1"), ("rate_rank", "a1"))}
+        ranks["gate_rank"] = shapes[at + "g1"][1]
     except KeyError as missing:
         raise BadCheckpoint(f"not a whole RAD-RWKV7 checkpoint: {missing} is missing") from None
-    if value := shapes.get(AT.replace(".0.", ".1.") + "v1"):
+    if len(mixers) > 1 and (value := shapes.get(AT.format(layer=mixers[1]) + "v1")):
         ranks["value_rank"] = value[1]
     return RADRWKV7Config(
         **sizes,
@@ -93,18 +97,20 @@ def config_from_shapes(
         balance_state=True if balance_state is None else balance_state,
         has_group_norm=bool(has_group_norm),
         rope_theta=rope_theta,
+        attention_rope_theta=attention_rope_theta,
     )
 
 
 def is_unused(name: str) -> bool:
     """r_k has no use without RWKV-7's bonus, nor v0, v1, v2 in the first block; published files carry them."""
-    return name.endswith("self_attn.r_k") or name in {f"{AT}v{i}" for i in range(3)}
+    return name.endswith("self_attn.r_k") or name in {f"{AT.format(layer=0)}v{i}" for i in range(3)}
 
 
 def is_idle(config: RADRWKV7Config, name: str) -> bool:
     """k_k and k_a are in the files of balanced models, too, ln_x in those without a norm."""
     parts = [*(["k_k", "k_a"] if config.balance_state else []), *([] if config.has_group_norm else ["ln_x"])]
-    return any(f"self_attn.{part}" in name for part in parts)
+    first = {f"{AT.format(layer=config.first_mixer)}v{i}" for i in range(3)}
+    return name in first or any(f"self_attn.{part}" in name for part in parts)
 
 
 FAMILY = Family(
@@ -144,7 +150,7 @@ FAMILY = Family(
     create=create,
     recognise=recognise,
     config_from_shapes=config_from_shapes,
-    not_in_shapes=("head_dim", "balance_state", "has_group_norm", "rope_theta"),
+    not_in_shapes=("head_dim", "balance_state", "has_group_norm", "rope_theta", "attention_rope_theta"),
     tensor_shapes=tensor_shapes,
     is_unused=is_unused,
     is_idle=is_idle,

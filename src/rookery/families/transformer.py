@@ -63,19 +63,26 @@ def create(
     )
 
 
-def tensor_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    width, ffn = config.hidden_size, config.intermediate_size
+def attention_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Tensors below "self_attn."."""
+    width = config.hidden_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, rows in (("q", queries), ("k", keys), ("v", keys)):
+        shapes[f"{name}_proj.weight"] = (rows, width)
+        if config.qkv_bias:
+            shapes[f"{name}_proj.bias"] = (rows,)
+    return shapes | {"o_proj.weight": (width, queries)}
+
+
+def tensor_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    width, ffn = config.hidden_size, config.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, width)}
     for i in range(config.num_hidden_layers):
         at = f"model.layers.{i}."
         shapes[at + "input_layernorm.weight"] = (width,)
-        for name, rows in (("q", queries), ("k", keys), ("v", keys)):
-            shapes[f"{at}self_attn.{name}_proj.weight"] = (rows, width)
-            if config.qkv_bias:
-                shapes[f"{at}self_attn.{name}_proj.bias"] = (rows,)
-        shapes[at + "self_attn.o_proj.weight"] = (width, queries)
+        shapes |= {f"{at}self_attn.{name}": shape for name, shape in attention_shapes(config).items()}
         shapes[at + "post_attention_layernorm.weight"] = (width,)
         shapes[at + "mlp.gate_proj.weight"] = (ffn, width)
         shapes[at + "mlp.up_proj.weight"] = (ffn, width)
@@ -87,10 +94,14 @@ def tensor_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
 
 
 def recognise(shapes: Shapes) -> bool:
-    at = "model.layers.0.self_attn."
-    # RADLADS' students keep the projections and have a recurrence between them
-    recurrent = at + "w0" in shapes or at + "time_maa_w1" in shapes
-    return at + "q_proj.weight" in shapes and "model.layers.0.mlp.gate_proj.weight" in shapes and not recurrent
+    # RADLADS' students keep the projections and have a recurrence between them; hybrids have it in some blocks
+    if any(name.endswith(RECURRENT) for name in shapes):
+        return False
+    return "model.layers.0.self_attn.q_proj.weight" in shapes and "model.layers.0.mlp.gate_proj.weight" in shapes
+
+
+RECURRENT = (".self_attn.w0", ".self_attn.time_maa_w1", ".self_attn.time_mixer.r_k")
+"""Tensors that some block of a converted transformer has."""
 
 
 def config_from_shapes(shapes: Shapes, head_dim: int | None = None) -> TransformerConfig:

@@ -1,5 +1,7 @@
 """ARWKV (arXiv 2501.15570): RWKV attention in a transformer's body, and the body for other mixers to stand in.
 
+Blocks that a config names keep the attention they had (`attention_layers`): a hybrid, whose cache grows there.
+
 Parameters have the names of the published models (RWKV-Red-Team/ARWKV-…, model type rwkv_hybrid). Against RWKV-7 the
 norm over heads and the gate are optional, and there is no channel mix: the transformer's MLP stays.
 """
@@ -12,10 +14,11 @@ from torch.nn.functional import group_norm
 
 from rookery.families.arwkv import FAMILY, ARWKVConfig
 from rookery.families.converted import ConvertedConfig
-from rookery.models import rwkv7
-from rookery.models.transformer import MLP
+from rookery.models import rwkv7, transformer
+from rookery.models.transformer import MLP, KeyValues, Place, place_of
 from rookery.nn.initial import normal_, orthogonal_
 from rookery.nn.language_model import LanguageModel
+from rookery.nn.packing import row_mask, unpack
 from rookery.nn.rwkv import place
 from rookery.ops.token_shift import token_shift
 from rookery.ops.wkv7 import wkv7
@@ -40,6 +43,24 @@ class Call(NamedTuple):
     cu_seqlens: Tensor | None
     positions: Tensor
     """int64 [b, t], of each token in its own row or document"""
+    real: Tensor | None = None
+    """bool [documents, longest] where kept attention gives each document of a packed row a row of its own"""
+    place: Place | None = None
+    """Where the tokens stand in the caches of kept attention; None without any"""
+
+
+class Attention(transformer.Attention):
+    """The teacher's softmax attention, in blocks that keep it."""
+
+    def __init__(self, config: ConvertedConfig) -> None:
+        super().__init__(config.attention)
+
+    def forward(
+        self, x: Tensor, state: KeyValues, v_first: Tensor | None, call: Call
+    ) -> tuple[Tensor, KeyValues, Tensor | None]:
+        rows = x if call.real is None else unpack(x, call.real)
+        y, state = super().forward(rows, state, call.place)
+        return y if call.real is None else y[call.real][None], state, v_first
 
 
 class Block(nn.Module):
@@ -79,7 +100,9 @@ class Converted(LanguageModel):
     def __init__(self, config: ConvertedConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = Body(config, [self.mixer(config, i) for i in range(config.num_hidden_layers)])
+        kept = config.attention_layers
+        mixers = [Attention(config) if i in kept else self.mixer(config, i) for i in range(config.num_hidden_layers)]
+        self.model = Body(config, mixers)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -101,7 +124,7 @@ class Converted(LanguageModel):
         self, tokens: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
         state = self.check_tokens(tokens, state, cu_seqlens)
-        call = Call(cu_seqlens, _positions(tokens, state.tokens_seen, cu_seqlens))
+        call = self.call(tokens, state, cu_seqlens)
         x = self.model.embed_tokens(tokens)
         layers, v_first = [], None
         for block, before in zip(self.model.layers, state.layers, strict=True):
@@ -110,14 +133,30 @@ class Converted(LanguageModel):
         read = cu_seqlens.diff() if cu_seqlens is not None else tokens.shape[1]
         return self.model.norm(x), State(tuple(layers), state.tokens_seen + read, self.config)
 
+    def call(self, tokens: Tensor, state: State, cu_seqlens: Tensor | None) -> Call:
+        """What the mixers are told of a call."""
+        call = Call(cu_seqlens, _positions(tokens, state.tokens_seen, cu_seqlens))
+        if not self.config.attention_layers:
+            return call
+        cached = state.layers[self.config.attention_layers[0]].keys.shape[2]
+        real = None
+        if cu_seqlens is not None:
+            real = row_mask(cu_seqlens)
+            tokens = unpack(tokens, real)
+        return call._replace(real=real, place=place_of(tokens, state.tokens_seen, cached, real))
+
     def init_state(self, batch: int = 1) -> State:
         like, config = self.model.norm.weight, self.config
         wide = torch.promote_types(like.dtype, torch.float32)
-        layer = MixState(
+        mixed = MixState(
             like.new_zeros(batch, config.shift_width), like.new_zeros(batch, *config.wkv_shape, dtype=wide)
         )
+        layers: list[MixState | KeyValues] = [mixed] * config.num_hidden_layers
+        for i in config.attention_layers:
+            shape = (batch, config.attention.num_key_value_heads, 0, config.attention.head_dim)
+            layers[i] = KeyValues(like.new_zeros(shape), like.new_zeros(shape))
         tokens_seen = torch.zeros(batch, dtype=torch.int64, device=like.device)
-        return State((layer,) * config.num_hidden_layers, tokens_seen, config)
+        return State(tuple(layers), tokens_seen, config)
 
     def fingerprint_weights(self) -> tuple[Tensor, Tensor]:
         return self.model.embed_tokens.weight, self.model.norm.weight
@@ -133,7 +172,11 @@ class Converted(LanguageModel):
             if ".self_attn." not in name:
                 parameter.fill_(1) if parameter.dim() == 1 else normal_(parameter, 0.02, generator)
         for layer, block in enumerate(self.model.layers):
-            self.init_mixer(block.self_attn, layer, generator)
+            if layer not in self.config.attention_layers:
+                self.init_mixer(block.self_attn, layer, generator)
+                continue
+            for parameter in block.self_attn.parameters():
+                parameter.zero_() if parameter.dim() == 1 else normal_(parameter, 0.02, generator)
 
 
 def _positions(tokens: Tensor, seen: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -150,6 +193,8 @@ class TimeMix(rwkv7.TimeMix):
 
     def __init__(self, config: ARWKVConfig, layer: int) -> None:
         super().__init__(config, layer)
+        if layer == config.first_mixer and layer:
+            del self.v0, self.v1, self.v2  # nothing before it to mix values with, though blocks with attention
         if config.gate == "none":
             del self.x_g, self.g1, self.g2
         if not config.has_group_norm:
@@ -194,7 +239,7 @@ def norm_of_heads(norm: nn.GroupNorm, y: Tensor) -> Tensor:
     return flat.view_as(y)
 
 
-class Attention(nn.Module):
+class Mixer(nn.Module):
     """Where the time mix stands in the published names: "self_attn.time_mixer."."""
 
     def __init__(self, config: ARWKVConfig, layer: int) -> None:
@@ -212,7 +257,7 @@ class ARWKV(Converted):
     """The language model: `logits, state = model(tokens, state)`."""
 
     family = FAMILY.name
-    mixer = Attention
+    mixer = Mixer
 
     def init_weights(self, seed: int | None = None) -> None:
         """Gives every parameter its initial value; the mixers' are those of adaptation.md A.2.1.
@@ -232,10 +277,11 @@ class ARWKV(Converted):
         | `w1 a1 v1`, and `g1 g2` of a delta gate | 0 |
         | `w2 a2 v2 g2` | orthogonal, gain 0.1 |
         | `receptance key value output` | U(−1/√width, 1/√width) |
+        | `q_proj k_proj v_proj o_proj` of attention that stays | N(0, 0.02), biases 0 |
         """
         super().init_weights(seed)
 
-    def init_mixer(self, mixer: Attention, layer: int, generator: torch.Generator) -> None:
+    def init_mixer(self, mixer: Mixer, layer: int, generator: torch.Generator) -> None:
         mix, config = mixer.time_mixer, self.config
         rho, rho1, d, e = place(config, layer)
         vectors = {

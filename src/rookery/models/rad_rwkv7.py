@@ -29,7 +29,7 @@ class TimeMix(Projections):
         width, mixed = config.hidden_size, config.mixed_width
         ranks = {"w": config.decay_rank, "a": config.rate_rank, "v": config.value_rank, "g": config.gate_rank}
         for name, rank in ranks.items():
-            if name == "v" and layer == 0:
+            if name == "v" and layer == config.first_mixer:
                 continue  # nothing before the first block to mix values with
             setattr(self, f"{name}1", nn.Parameter(torch.empty(width, rank)))
             setattr(self, f"{name}2", nn.Parameter(torch.empty(rank, mixed)))

@@ -51,6 +51,26 @@ def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+def place_of(tokens: Tensor, seen: Tensor, cached: int, real: Tensor | None, *, causal: bool = True) -> Place:
+    """Positions of new `tokens` [b, t] after `seen` [b] and what they see in caches of `cached` entries.
+
+    `real` [b, t] is false at padding.
+    """
+    positions = seen[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+    appends = real is None and bool((seen == cached).all())
+    if real is not None:
+        positions = positions.where(real, -1)
+    if tokens.numel() == 0:
+        return Place(positions, cached, True, None)
+    length = cached + tokens.shape[1] if appends else max(cached, int(positions.max()) + 1)
+    if appends and cached == 0:
+        return Place(positions, length, appends, None)
+    last = positions if causal else positions.amax(dim=1, keepdim=True).expand_as(positions)
+    # padding sees entry 0, because a softmax over nothing is NaN
+    visible = torch.arange(length, device=tokens.device) <= last.clamp(min=0)[..., None]
+    return Place(positions, length, appends, visible[:, None])
+
+
 class Attention(nn.Module):
     """Softmax attention over everything a row has seen."""
 
@@ -158,7 +178,8 @@ class Transformer(LanguageModel):
         if cu_seqlens is not None:  # one row per document, so that attention stays within each
             real = row_mask(cu_seqlens)
             tokens = unpack(tokens, real)
-        place = self.place(tokens, state, real)
+        cached = state.layers[0].keys.shape[2]
+        place = place_of(tokens, state.tokens_seen, cached, real, causal=self.config.is_causal)
         x = self.model.embed_tokens(tokens)
         caches = []
         for block, cache in zip(self.model.layers, state.layers, strict=True):
@@ -169,23 +190,6 @@ class Transformer(LanguageModel):
         if real is not None:
             x = x[real][None]
         return x, State(tuple(caches), state.tokens_seen + read, self.config)
-
-    def place(self, tokens: Tensor, state: State, real: Tensor | None) -> Place:
-        """Positions of the new tokens and what they see; `real` [b, t] is false at padding."""
-        cached, new = state.layers[0].keys.shape[2], tokens.shape[1]
-        positions = state.tokens_seen[:, None] + torch.arange(new, device=tokens.device)
-        appends = real is None and bool((state.tokens_seen == cached).all())
-        if real is not None:
-            positions = positions.where(real, -1)
-        if tokens.numel() == 0:
-            return Place(positions, cached, True, None)
-        length = cached + new if appends else max(cached, int(positions.max()) + 1)
-        if appends and cached == 0:
-            return Place(positions, length, appends, None)
-        last = positions if self.config.is_causal else positions.amax(dim=1, keepdim=True).expand_as(positions)
-        # padding sees entry 0, because a softmax over nothing is NaN
-        visible = torch.arange(length, device=tokens.device) <= last.clamp(min=0)[..., None]
-        return Place(positions, length, appends, visible[:, None])
 
     def init_state(self, batch: int = 1) -> State:
         like = self.model.norm.weight
