@@ -365,3 +365,26 @@ def test_groups_for_the_optimiser_have_rates_by_depth_and_decay_on_matrices():
     decayed = {id(p) for group in as_published if group["weight_decay"] for p in group["params"]}
     assert {id(layers[2].att.spatial_decay), id(layers[2].gamma1), id(model.pos_embed)} <= decayed
     assert not {id(layers[0].ln0.weight), id(layers[2].ffn.key_norm.weight), id(model.head.fc.bias)} & decayed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_to_bfloat16_computes_the_same_within_its_precision(name):
+    model = create_model(name)
+    want = model(images(16, 16).float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = model(images(16, 16).float())
+    assert (got - want).abs().max() < 0.02 * want.abs().max()
+    got.float().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@torch.no_grad()
+def test_another_input_size_keeps_resized_positions():
+    model = randomised("vision-rwkv-test").eval()
+    before = model(images(32, 32))
+    model.set_input_size(32)
+    assert model.config.image_size == 32
+    assert model.pos_embed.shape == (1, 64, 32)
+    assert_close(model(images(32, 32)), before)
+    with pytest.raises(ValueError, match=r"image_size \(30\) must be a multiple"):
+        model.set_input_size(30)

@@ -70,8 +70,8 @@ def test_a_resumed_run_is_exact_with_dropout(config, tmp_path):
 def test_every_window_comes_once_in_a_pass(config):
     task = ForecastTask(config)
     count = len(task.windows)
-    assert sorted(task.number(place) for place in range(count)) == list(range(count))
-    assert [task.number(place) for place in range(count, 2 * count)] != [task.number(p) for p in range(count)]
+    assert sorted(task.order.item(place) for place in range(count)) == list(range(count))
+    assert [task.order.item(place) for place in range(count, 2 * count)] != [task.order.item(p) for p in range(count)]
 
 
 def test_a_model_or_data_that_do_not_fit_are_refused(config):

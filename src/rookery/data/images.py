@@ -310,6 +310,16 @@ def _same_classes(test: Images, classes: tuple[str, ...], path: str) -> Images:
     return Images(test.sources, places[test.labels], classes, test.channels)
 
 
+def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [h, w, 1 or 3] at another size: bicubic, with the average of what a smaller pixel covers."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    Image = pillow()
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    small = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+    return small[..., None] if small.ndim == 2 else small
+
+
 def contact_sheet(pictures: Sequence[np.ndarray], columns: int, gap: int = 2) -> np.ndarray:
     """Pictures uint8 [h, w, channels] of one size side by side on white, row after row: uint8 [H, W, 3]."""
     if not len(pictures) or columns < 1:

@@ -37,6 +37,22 @@ class Shuffled:
         return int(self._order[place]) * self.length + self._offset
 
 
+class Permuted:
+    """Every pass over `count` items takes them in a random order of its own."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def item(self, sample: int) -> int:
+        """The item that sample number `sample` (from 0) is."""
+        epoch, place = divmod(sample, self.count)
+        if epoch != self._epoch:
+            generator = np.random.Generator(np.random.Philox(key=self.seed, counter=epoch))
+            self._epoch, self._order = epoch, generator.permutation(self.count)
+        return int(self._order[place])
+
+
 class Official:
     """RWKV-LM's order (core.md 1.10): window (φ s³ mod p), s = 1, 2, 3 …, for a prime p ≡ 2 (mod 3).
 

@@ -253,6 +253,16 @@ class VisionRWKV(nn.Module):
         resized = interpolate(square, size=grid, mode="bicubic", align_corners=False)
         return resized.flatten(2).mT.to(self.pos_embed.dtype)
 
+    @torch.no_grad()
+    def set_input_size(self, image_size: int) -> None:
+        """Positions for images of `image_size` pixels a side, resized from those there are; ValueError between patches.
+
+        Any size works without this: it makes a resizing of every call a part of the weights, for training at that size.
+        """
+        config = replace(self.config, image_size=image_size)
+        self.pos_embed = nn.Parameter(self.positions((config.grid, config.grid)).clone())
+        self.config = config
+
     def get_classifier(self) -> nn.Module:
         """The head."""
         return self.head

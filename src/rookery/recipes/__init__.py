@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from rookery.errors import unknown
-from rookery.recipes import finetune, pretrain
+from rookery.recipes import finetune, images, pretrain
 from rookery.recipes.embedded import embedded
 from rookery.recipes.forecast import forecast
 from rookery.recipes.tiny_test import tiny_test
@@ -13,6 +13,11 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "embedded": embedded,
     "forecast": forecast,
     "tiny-test": tiny_test,
+    "digits": images.digits,
+    "mnist": images.mnist,
+    "cifar10": images.cifar10,
+    "imagenet": images.imagenet,
+    "images-finetune": images.imagenet_finetune,
     "minipile": pretrain.minipile,
     "pile-0.1b": pretrain.pile_small,
     "pile-0.4b": pretrain.pile_medium,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from rookery.adapt.config import AdaptConfig
+from rookery.data.augment import Augment
 from rookery.errors import UnknownName, unknown
 
 
@@ -190,6 +191,48 @@ class SeriesConfig(TrainConfig):
     """One run of a forecaster. `data.path` is a CSV file, a row of the batch a window of all its channels."""
 
     task: ClassVar[str] = "rookery.train.tasks.forecast:ForecastTask"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageDataConfig:
+    """The pictures that are learned."""
+
+    path: str = ""
+    """A folder with train/CLASS and val/CLASS, a folder of classes, a .tar with train/CLASS/NAME and test/CLASS/NAME, a
+    .npz with train_images, train_labels, test_images and test_labels, or "digits", those of scikit-learn."""
+    validation_share: float = 0.1
+    """Part of each class that is held out where `path` has no part of its own for that."""
+    normalise: Literal["imagenet", "plain"] = "plain"
+    """By ImageNet's mean and deviation, or to values of −1 to 1. The model file says which."""
+    crop: float = 1.0
+    """Share of the shorter side of held-out pictures that is kept, from the middle."""
+    workers: int = 0
+    """Threads that read the pictures of the next step meanwhile; 0 reads them when they are needed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptimConfig(OptimConfig):
+    """The optimiser for models of images, which group their own parameters."""
+
+    eps: float = 1e-8
+    beta2: float = 0.999
+    layer_decay: float = 1.0
+    """Each block's rate relative to that of the block above it: 0.65 to 0.95 when a trained model goes on."""
+    decay_vectors: bool = False
+    """Whether decays, mixes, factors and positions get weight decay, as the authors of Vision-RWKV have it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig(TrainConfig):
+    """One run of a classifier of images."""
+
+    task: ClassVar[str] = "rookery.train.tasks.images:ImageTask"
+    data: ImageDataConfig = field(default_factory=ImageDataConfig)
+    augment: Augment = field(default_factory=Augment)
+    """How pictures are changed before they are learned from."""
+    optim: ImageOptimConfig = field(default_factory=ImageOptimConfig)
+    smoothing: float = 0.1
+    """Share of the target that is spread over all classes."""
 
 
 def overlay(config: Any, values: dict[str, Any], where: str = "") -> Any:

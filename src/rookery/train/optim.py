@@ -39,6 +39,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": params, "name": name, **settings[name]} for name, params in groups.items() if params]
 
 
+def groups_of(model: nn.Module, config: OptimConfig) -> list[dict]:
+    """The model's own groups where it has some, as models of images do, else the official ones."""
+    if not hasattr(model, "parameter_groups"):
+        return parameter_groups(model, config.weight_decay)
+    chosen = {name: getattr(config, name) for name in ("layer_decay", "decay_vectors") if hasattr(config, name)}
+    return model.parameter_groups(weight_decay=config.weight_decay, **chosen)
+
+
 def hidden_matrices(model: nn.Module) -> set[int]:
     """Ids of the matrices inside the blocks, which Muon moves: decayed ones that are neither table nor read-out."""
     return {
@@ -86,7 +94,7 @@ class Optimizer:
         master_of = dict(zip(map(id, self.parameters), self.masters))
         matrices = hidden_matrices(model) if config.name == "muon" else set()
         groups, hidden = [], []
-        for group in parameter_groups(model, config.weight_decay):
+        for group in groups_of(model, config):
             hidden += [master_of[id(p)] for p in group["params"] if id(p) in matrices]
             rest = [master_of[id(p)] for p in group["params"] if id(p) not in matrices]
             groups += [{**group, "params": rest}] if rest else []

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import huber_loss
 
+from rookery.data.order import Permuted
 from rookery.data.series import SeriesWindows, read_table, scaled, standard_splits
 from rookery.models import create_model, load, save_model
 from rookery.models.forecast import Forecaster, middle
@@ -68,21 +69,13 @@ class ForecastTask(Task):
         self.windows = SeriesWindows(values, splits.train, sizes.context_length, horizon)
         self.held_out = SeriesWindows(values, splits.validation, sizes.context_length, horizon)
         self.kind: Loss = "pinball" if sizes.levels else "mse"
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self.order = Permuted(len(self.windows), config.seed)
 
     def batch(self, step: int) -> Tensor:
         """Windows [batch_size · channels, points] of `step`."""
         self.step = step
         places = (step - 1) * self.config.batch_size + np.arange(self.config.batch_size)
-        return torch.from_numpy(self.windows.take(np.array([self.number(int(place)) for place in places])))
-
-    def number(self, place: int) -> int:
-        """The window that comes at a place of the run."""
-        epoch, within = divmod(place, len(self.windows))
-        if self._order[0] != epoch:
-            generator = np.random.Generator(np.random.Philox(key=self.config.seed, counter=epoch))
-            self._order = (epoch, generator.permutation(len(self.windows)))
-        return int(self._order[1][within])
+        return torch.from_numpy(self.windows.take(np.array([self.order.item(int(place)) for place in places])))
 
     def tokens(self, batch: Tensor) -> int:
         return batch.shape[0] * (self.windows.context // self.model.config.patch_length)
