@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from rookery.checkpoints.tuned_state import read_tuned_state, save_tuned_state
+from rookery.checkpoints.tuned_state import UPSCALED, read_tuned_state, save_tuned_state
 from rookery.nn.language_model import LanguageModel
 from rookery.state import State, from_numpy
 
@@ -29,21 +29,27 @@ class StartState(nn.Module):
     module. ValueError for a model whose state is another (a transformer's keys and values, a hybrid's).
     """
 
+    field = "wkv"
+    """The field of a layer's state that is trained."""
+
     def __init__(self, model: LanguageModel, *, shifts: bool = False) -> None:
         super().__init__()
         with torch.no_grad():
             fresh = model.init_state(1)
         fields = {name.rpartition(".")[2] for name in fresh.tensors()}
-        if not fields <= {"wkv", *SHIFTS} or "wkv" not in fields:
+        if not fields <= {"wkv", *SHIFTS, *UPSCALED} or self.field not in fields:
             raise ValueError(
                 f"a {model.family} model has no recurrent state to tune; it keeps {', '.join(sorted(fields))}"
             )
-        self.fresh = [fresh]  # in a list, so that nothing takes it for a part of this module
+        self.model = [model]  # in lists, so that nothing takes them for parts of this module
+        self.fresh = [fresh]
         self.is_sums = len(model.config.wkv_shape) == 2
         self.wkv = nn.ParameterList()
         for layer in fresh.layers:
-            zeros = torch.zeros_like(layer.wkv[0])
+            zeros = torch.zeros_like(getattr(layer, self.field)[0])
             self.wkv.append(nn.Parameter(zeros[:2].clone() if self.is_sums else zeros))
+        self.factors: list[Tensor] | None = None
+        """R of every layer [head, key, key] where the state is `wkv` R, see `rookery.adapt.decorrelate`."""
         self.shifts = nn.ParameterDict()
         if shifts:
             for i, layer in enumerate(fresh.layers):
@@ -57,23 +63,35 @@ class StartState(nn.Module):
         tensors = {}
         for name, tensor in fresh.tensors().items():
             _, layer, field = name.split(".")
-            if field == "wkv":
-                tensor = self._wkv(int(layer))
+            if field == self.field:
+                tensor = self.value(int(layer))
             elif (key := f"{layer}_{field}") in self.shifts:
                 tensor = self.shifts[key].to(tensor.dtype)
             else:
-                tensor = tensor[0]
+                tensor = self.constant(int(layer), field, tensor[0])
             tensors[name] = tensor.expand(rows, *tensor.shape)
         return fresh.with_tensors(tensors, fresh.tokens_seen.expand(rows))
 
-    def _wkv(self, layer: int) -> Tensor:
+    def constant(self, layer: int, field: str, fresh: Tensor) -> Tensor:
+        """What is not trained of a layer's state; `fresh` is what a fresh one has."""
+        return fresh
+
+    def value(self, layer: int) -> Tensor:
+        """What of the layer's state is trained, as the model starts with it."""
         wkv = self.wkv[layer]
         if not self.is_sums:
-            return wkv
+            return wkv if self.factors is None else wkv @ self.factors[layer].to(wkv)
         # exponent 0 also where nothing has been read: from an exponent of −1e38 no gradient would come back, so this is
         # the fresh model but for rounding (state_methods.md 1.2)
         # not clamped here: a clamp has no gradient below zero, and `project` sees to the sign
         return torch.cat([wkv, torch.zeros_like(wkv[:1])])
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Puts the factors R into the parameters: the same states, trained plainly from here on."""
+        for layer, wkv in enumerate(self.wkv if self.factors is not None else ()):
+            wkv.copy_(self.value(layer))
+        self.factors = None
 
     @torch.no_grad()
     def project(self) -> None:
@@ -85,8 +103,9 @@ class StartState(nn.Module):
     @torch.no_grad()
     def begin_from(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes over a state's values ("layers.0.wkv", …, without the row); shifts only where these are trained."""
+        self.factors = None
         for i, wkv in enumerate(self.wkv):
-            given = tensors[f"layers.{i}.wkv"].to(wkv)
+            given = tensors[f"layers.{i}.{self.field}"].to(wkv)
             if self.is_sums:
                 given = given[:2] * given[2].exp()
             wkv.copy_(given)
@@ -102,14 +121,24 @@ def save_start(start: StartState, path: str | os.PathLike[str], model: LanguageM
     `.safetensors` says which model it belongs to, `.pth` is for RWKV-PEFT and other programs, `.st` for web-rwkv.
     """
     with torch.no_grad():
-        save_tuned_state(path, start(1), model.config, model=model.fingerprint())
+        arrays = start(1).arrays()
+    if start.field != "wkv":  # the model's own state stays zero
+        arrays = {name: array for name, array in arrays.items() if not name.endswith(".wkv")}
+    save_tuned_state(path, arrays, getattr(model, "base", [model])[0].config, model=model.fingerprint())
 
 
 def load_start(path: str | os.PathLike[str], model: LanguageModel, *, shifts: bool = False) -> StartState:
-    """The start state in a file of any format that holds tuned states; BadState for another model's."""
+    """The start state in a file of any format that holds tuned states; BadState for another model's.
+
+    It is a `KernelStart` where the file has a kernel-upscaled state: what then runs is its own `model[0]`.
+    """
+    tuned = read_tuned_state(path)
+    if tuned.is_upscaled:
+        from rookery.adapt.kernel_state import load_kernel_start  # which builds on this file
+
+        return load_kernel_start(tuned, model, shifts=shifts)
     start = StartState(model, shifts=shifts)
     fresh = start.fresh[0].arrays()
-    tuned = read_tuned_state(path)
     arrays = tuned.onto(fresh, family=model.family, config=model.config, model=model.fingerprint())
     start.begin_from({name: from_numpy(arrays[name])[0] for name in start.fresh[0].tensors()})
     return start

@@ -4,6 +4,10 @@ Files hold `blocks.<i>.att.time_state`, one matrix [value, key] per head: `.pth`
 RWKV-LM, or a model's file that carries them along (core.md 1.4, 2.1). web-rwkv's `.st` files hold [key, value]. Newer
 trainers add `ts_state`, the vectors that stand for the token before the first. RWKV-4 has the sums `aa` and `bb`
 ([2, width], their exponent 0, or [3, width]).
+
+Our own safetensors may also hold a kernel-upscaled state of RWKV-7 (`kstate` [head, value, feature], `kstate_support`
+[head, feature, key], `kstate_rule` [head, 4]; see rookery.models.rwkv7_kernel_state), or, to be smaller, matrices as
+products of two (`time_state_left` [head, value, rank], `time_state_right` [head, rank, key]).
 """
 
 import json
@@ -26,7 +30,9 @@ from rookery.registry import families
 
 FORMAT = "rookery-tuned-state-1"
 """Marks our own files; anybody else's have no metadata."""
-NAME = re.compile(r"(?:.*\.)?blocks\.([0-9]{1,4})\.(?:att\.|ffn\.)?(time_state|ts_state)")
+NAME = re.compile(
+    r"(?:.*\.)?blocks\.([0-9]{1,4})\.(?:att\.|ffn\.)?(time_state(?:_left|_right)?|ts_state|kstate(?:_support|_rule)?)"
+)
 Order = Literal["value_key", "key_value"]
 """Which axis of a stored matrix comes first."""
 
@@ -44,23 +50,39 @@ class TunedState:
     def onto(self, fresh: Mapping[str, np.ndarray], *, family: str, config: Any, model: str) -> dict[str, np.ndarray]:
         """The arrays of a fresh state [1, …] with these values in their place; BadState for another model's.
 
-        `model` is the fingerprint of the model that is to start here.
+        `model` is the fingerprint of the model that is to start here. A kernel-upscaled state brings arrays along that
+        a fresh state does not have.
         """
         self._check(family, config, model)
         arrays = dict(fresh)
         wanted = [name for name in fresh if name.endswith(".wkv")]
-        missing = [name for name in wanted if name not in self.tensors]
-        unknown = [name for name in self.tensors if name not in fresh]
+        upscaled = [f"{name[:-4]}.{part}" for name in wanted for part in UPSCALED] if self.is_upscaled else []
+        missing = [name for name in upscaled or wanted if name not in self.tensors]
+        unknown = [name for name in self.tensors if name not in fresh and name not in upscaled]
         if missing or unknown:
             layers = sum(name.endswith(".wkv") for name in self.tensors)
             raise self._other(f"it has {layers} layers, this model's state has {len(wanted)}")
+        shapes = {name: array.shape[1:] for name, array in fresh.items()}
+        if upscaled:
+            shapes |= self._upscaled_shapes(config)
         for name, values in self.tensors.items():
-            values = _completed(values, fresh[name].shape[1:])
-            if values.shape != fresh[name].shape[1:]:
-                have, want = (" × ".join(map(str, shape)) for shape in (values.shape, fresh[name].shape[1:]))
+            values = _completed(values, shapes[name])
+            if values.shape != shapes[name]:
+                have, want = (" × ".join(map(str, shape)) for shape in (values.shape, shapes[name]))
                 raise self._other(f"its {name} is {have}, this model's is {want}")
-            arrays[name] = values[None].astype(fresh[name].dtype)
+            arrays[name] = values[None].astype(fresh[name].dtype if name in fresh else np.float32)
         return arrays
+
+    @property
+    def is_upscaled(self) -> bool:
+        """True if it has a kernel-upscaled state, which the torch runner alone hosts."""
+        return any(name.endswith(".kstate") for name in self.tensors)
+
+    def _upscaled_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+        heads, value, key = config.wkv_shape
+        features = next(values.shape[-1] for name, values in self.tensors.items() if name.endswith(".kstate"))
+        one = {"kstate": (heads, value, features), "support": (heads, features, key), "rule": (heads, 4)}
+        return {f"layers.{i}.{part}": one[part] for i in range(config.num_hidden_layers) for part in one}
 
     def _check(self, family: str, config: Any, model: str) -> None:
         told = self.metadata
@@ -131,7 +153,7 @@ def states_among(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     """The tensors that belong to a start state, without any prefix of a wrapper."""
     found = {name: NAME.fullmatch(name) for name in tensors}
     states = {name[match.string.index("blocks.") :]: tensors[name] for name, match in found.items() if match}
-    return states if any(name.endswith("time_state") for name in states) else {}
+    return states if any("ts_state" not in name for name in states) else {}
 
 
 def save_tuned_state(
@@ -155,6 +177,8 @@ def save_tuned_state(
         raise BadState(f"{family.name} has no recurrent state that could be tuned")
     arrays = _checked(_arrays(state, len(config.wkv_shape)), config, family.name)
     where = Path(path)
+    if where.suffix in (".pth", ".pt", ".st") and (own := next((n for n in arrays if "kstate" in n), None)):
+        raise BadState(f"{where.suffix} files have no place for {own}; name the file .safetensors")
     if where.suffix in (".pth", ".pt"):
         from rookery.checkpoints.pth_writer import write_pth
 
@@ -171,7 +195,16 @@ def save_tuned_state(
     return write_safetensors(path, arrays, {**(metadata or {}), **ours, **({"model": model} if model else {})})
 
 
-FIELDS = {"wkv": "att.time_state", "att_shift": "att.ts_state", "ffn_shift": "ffn.ts_state"}
+UPSCALED = ("kstate", "support", "rule")
+"""Fields of a layer's state that a kernel-upscaled state brings along."""
+FIELDS = {
+    "wkv": "att.time_state",
+    "att_shift": "att.ts_state",
+    "ffn_shift": "ffn.ts_state",
+    "kstate": "att.kstate",
+    "support": "att.kstate_support",
+    "rule": "att.kstate_rule",
+}
 """Field of a layer's state -> its name in files."""
 
 
@@ -182,11 +215,11 @@ def _arrays(state: Any, rank: int) -> dict[str, np.ndarray]:
         values = np.asarray(values.detach().cpu().float() if hasattr(values, "detach") else values)
         layer, _, part = name.removeprefix("layers.").partition(".")
         if name.startswith("layers.") and part in FIELDS:
-            if values.ndim > (rank if part == "wkv" else 1):
+            if values.ndim > {"wkv": rank, "kstate": 3, "support": 3, "rule": 2}.get(part, 1):
                 if len(values) != 1:
                     raise BadState(f"a tuned state has one row, {name} has {len(values)}; select one")
                 values = values[0]
-            if part != "wkv" and not values.any():
+            if part.endswith("_shift") and not values.any():
                 continue
             name = f"blocks.{layer}.{FIELDS[part]}"
         elif name == "tokens_seen":
@@ -196,9 +229,11 @@ def _arrays(state: Any, rank: int) -> dict[str, np.ndarray]:
 
 
 def _checked(arrays: dict[str, np.ndarray], config: Any, family: str) -> dict[str, np.ndarray]:
-    wanted = {f"blocks.{i}.att.time_state" for i in range(config.num_hidden_layers)}
     states = {name for name in arrays if name.endswith(".time_state")}
-    others = sorted(name for name in arrays if not NAME.fullmatch(name)) + sorted(states ^ wanted)
+    upscaled = {name for name in arrays if ".kstate" in name}
+    parts = [FIELDS[part] for part in UPSCALED] if upscaled else ["att.time_state"]
+    wanted = {f"blocks.{i}.{part}" for i in range(config.num_hidden_layers) for part in parts}
+    others = sorted(name for name in arrays if not NAME.fullmatch(name)) + sorted((upscaled or states) ^ wanted)
     if others:
         raise BadState(f"no tuned state of {family} with {config.num_hidden_layers} layers: see {short(others[0])}")
     for name in sorted(states):
@@ -215,7 +250,16 @@ def _named(tensors: Mapping[str, Stored], turned: bool, where: str) -> dict[str,
         if tensor.dtype.kind in "biu":
             raise BadState(f"{where!r}: {short(name)} holds {tensor.dtype} numbers; a state holds floats")
         values = tensor.read().astype(np.float32)
-        if kind == "time_state":
+        if kind == "time_state_right":
+            continue
+        if kind == "time_state_left":
+            right = tensors.get(f"{name.removesuffix('left')}right")
+            if right is None or right.shape[:-1] != (*values.shape[:-2], values.shape[-1]):
+                raise BadState(f"{where!r}: {short(name)} has no second factor that fits it")
+            found[f"layers.{layer}.wkv"] = values @ right.read().astype(np.float32)
+        elif kind.startswith("kstate"):
+            found[f"layers.{layer}.{kind.removeprefix('kstate_')}"] = values
+        elif kind == "time_state":
             found[f"layers.{layer}.wkv"] = values.swapaxes(-1, -2) if turned and values.ndim == 3 else values
         elif ".ffn." in name:
             found[f"layers.{layer}.ffn_shift"] = values.reshape(-1)

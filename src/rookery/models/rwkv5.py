@@ -19,6 +19,9 @@ from rookery.ops.wkv5 import wkv5
 class TimeMix(nn.Module):
     """Reads and writes the matrix state (eq. 3-9)."""
 
+    recurrence = staticmethod(wkv5)
+    """What may take the place of `wkv5` in one instance, to look at what it is given."""
+
     def __init__(self, config: RWKV5Config, layer: int) -> None:
         super().__init__()
         self.config = config
@@ -45,7 +48,7 @@ class TimeMix(nn.Module):
         )
         # float32: the decay of a channel is applied once per token, and an error in it compounds
         log_w = -self.time_decay.to(wkv.dtype).exp()
-        y, wkv = wkv5(
+        y, wkv = self.recurrence(
             r=r, log_w=self.per_channel(log_w), k=k, v=v, u=self.bonus(wkv.dtype), state=wkv, cu_seqlens=cu_seqlens
         )
         y = head_norm(self.ln_x, y)

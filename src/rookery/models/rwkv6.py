@@ -21,6 +21,9 @@ from rookery.ops.wkv6 import wkv6
 class TimeMix(nn.Module):
     """Reads and writes the matrix state (eq. 10-20)."""
 
+    recurrence = staticmethod(wkv6)
+    """What may take the place of `wkv6` in one instance, to look at what it is given."""
+
     def __init__(self, config: RWKV6Config, layer: int) -> None:
         super().__init__()
         self.config = config
@@ -57,7 +60,7 @@ class TimeMix(nn.Module):
         if self.config.damp_keys:
             k = k * raw.clamp(max=0).exp().to(k.dtype)
         r, log_w, k, v = (part.unflatten(-1, (-1, self.config.head_dim)) for part in (r, log_w, k, v))
-        y, wkv = wkv6(r=r, log_w=log_w, k=k, v=v, u=self.time_faaaa, state=wkv, cu_seqlens=cu_seqlens)
+        y, wkv = self.recurrence(r=r, log_w=log_w, k=k, v=v, u=self.time_faaaa, state=wkv, cu_seqlens=cu_seqlens)
         y = head_norm(self.ln_x, y)
         if self.config.variant == "x060":
             y = y * silu(self.gate(signals["g"]))

@@ -4,6 +4,8 @@ Parameters have the names and shapes of the official files (BlinkDL/RWKV-LM, Apa
 first block's unused v0, v1, v2 do not exist here.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -51,9 +53,13 @@ class TimeMix(nn.Module):
         self, x: Tensor, shift: Tensor, wkv: Tensor, v_first: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Output [b, t, c], the new shift and matrix state, and the first block's values (given or made here)."""
-        mixed, shift = token_shift(x=x, mix=self.mixes(), previous=shift, cu_seqlens=cu_seqlens)
+        mixed, shift = self.mixed(x, shift, cu_seqlens)
         y, wkv, v_first = self.attend(mixed, wkv, v_first, cu_seqlens)
         return y, shift, wkv, v_first
+
+    def mixed(self, x: Tensor, shift: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The six inputs [6, b, t, c], mixed from the token and the one before, and the new shift."""
+        return token_shift(x=x, mix=self.mixes(), previous=shift, cu_seqlens=cu_seqlens)
 
     def mixes(self) -> Tensor:
         """How much of the token before goes into each of the six inputs, [6, c]."""
@@ -63,6 +69,12 @@ class TimeMix(nn.Module):
         self, mixed: Tensor, wkv: Tensor | None, v_first: Tensor | None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What follows the token shift, whose six mixtures are `mixed` [6, b, t, c]: all but the shift of `forward`."""
+        signals, v_first = self.signals(mixed, v_first)
+        y, wkv = self.recurrence(**signals.inputs(), state=wkv, cu_seqlens=cu_seqlens)
+        return self.finish(y, signals), wkv, v_first
+
+    def signals(self, mixed: Tensor, v_first: Tensor | None) -> tuple["Signals", Tensor]:
+        """What the recurrence and its output are made of, and the first block's values (given or made here)."""
         head_dim = self.config.head_dim
         xr, xw, xk, xv, xa, xg = mixed
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
@@ -86,10 +98,33 @@ class TimeMix(nn.Module):
         if self.removal != 1.0:
             b = b * self.removal
         r, v = r.unflatten(-1, (-1, head_dim)), v.unflatten(-1, (-1, head_dim))
-        y, wkv = self.recurrence(r=r, log_w=log_w, k=k, v=v, a=a, b=b, state=wkv, cu_seqlens=cu_seqlens)
-        norm = self.ln_x
-        y = wkv7_output(y=y, r=r, k=k, v=v, gate=gate, r_k=self.r_k, weight=norm.weight, bias=norm.bias, eps=norm.eps)
-        return self.output(y), wkv, v_first
+        return Signals(r, log_w, k, v, a, b, gate, rate_logit), v_first
+
+    def finish(self, y: Tensor, signals: "Signals") -> Tensor:
+        """The block's output [b, t, c] from the recurrence's, [b, t, h, n]."""
+        norm, own = self.ln_x, {"r_k": self.r_k, "weight": self.ln_x.weight, "bias": self.ln_x.bias}
+        y = wkv7_output(y=y, r=signals.r, k=signals.k, v=signals.v, gate=signals.gate, **own, eps=norm.eps)
+        return self.output(y)
+
+
+class Signals(NamedTuple):
+    """What a time mix makes of its tokens before anything is read or written."""
+
+    r: Tensor
+    """[b, t, h, n], as the next five, which are the arguments of `wkv7`"""
+    log_w: Tensor
+    k: Tensor
+    v: Tensor
+    a: Tensor
+    b: Tensor
+    gate: Tensor
+    """[b, t, c], on the output"""
+    rate_logit: Tensor
+    """[b, t, c]; its sigmoid is the in-context learning rate that `b` and `k` contain"""
+
+    def inputs(self) -> dict[str, Tensor]:
+        """The arguments of `wkv7` but for the state."""
+        return {"r": self.r, "log_w": self.log_w, "k": self.k, "v": self.v, "a": self.a, "b": self.b}
 
 
 class ChannelMix(nn.Module):

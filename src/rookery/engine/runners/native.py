@@ -134,6 +134,11 @@ class NativeRunner:
             self._model.begin(state.numbers)
             return state
         views = state.views()
+        if any(name.endswith(".kstate") for name in tensors):
+            raise BackendUnavailable(
+                "the compiled runtime hosts no kernel-upscaled states; run the model with torch "
+                '(--device cpu, or device="cpu")'
+            )
         if tensors.keys() != {*views, "tokens_seen"}:
             raise BadState(
                 f"the state holds {sorted(tensors)}, this model's state is {sorted([*views, 'tokens_seen'])}"

@@ -10,6 +10,7 @@ import torch
 
 from rookery.checkpoints.checkpoint import Checkpoint
 from rookery.engine.runners.protocol import Wanted, asked, check_rows, select
+from rookery.errors import BadState
 from rookery.nn.language_model import LanguageModel
 from rookery.state import State, cat
 
@@ -61,6 +62,7 @@ class TorchRunner:
         self.model = model.eval()
         self.family = model.family
         self.config = model.config
+        self._hosts: dict[int, LanguageModel] = {}
 
     @classmethod
     def load(
@@ -81,13 +83,27 @@ class TorchRunner:
     def init_state(self, tensors: Mapping[str, np.ndarray] | None = None) -> TorchRowState:
         if tensors is None:
             return TorchRowState(self.model.init_state(1))
-        return TorchRowState(State.from_arrays(tensors, self.model))
+        features = tensors["layers.0.kstate"].shape[-1] if "layers.0.kstate" in tensors else 0
+        return TorchRowState(State.from_arrays(tensors, self._host(features)))
+
+    def _host(self, features: int) -> LanguageModel:
+        """What runs states of so many kernel features: the model itself, or one that shares its weights."""
+        if not features:
+            return self.model
+        if features not in self._hosts:
+            from rookery.models.rwkv7_kernel_state import KernelStateRWKV7
+
+            try:
+                self._hosts[features] = KernelStateRWKV7(self.model, features).eval()
+            except ValueError as other:
+                raise BadState(f"a kernel-upscaled state cannot start this model: {other}") from None
+        return self._hosts[features]
 
     @torch.inference_mode()
     def forward(self, tokens: Sequence[int], state: TorchRowState, logits: Wanted = "last") -> np.ndarray:
         device = state.state.tokens_seen.device
         row = torch.tensor(list(tokens), dtype=torch.int64, device=device)[None]
-        features, state.state = self.model.features(row, state.state, None)
+        features, state.state = self._host(_features(state)).features(row, state.state, None)
         count = asked(logits, len(tokens))
         if not count:
             return np.empty((0, self.config.vocab_size), np.float32)
@@ -101,15 +117,19 @@ class TorchRunner:
         if not rows:
             return []
         check_rows(rows, states, logits)
+        kinds = [_features(state) for state in states]
+        if len({*kinds}) > 1:
+            return self._rows_of_each_kind(rows, states, logits, kinds)
+        model = self._host(kinds[0])
         batch = _together(states)
         device, lengths = batch.tokens_seen.device, [len(row) for row in rows]
         if len({*lengths}) == 1:
             tokens = torch.tensor([list(row) for row in rows], dtype=torch.int64, device=device)
-            features, batch = self.model.features(tokens, batch, None)
+            features, batch = model.features(tokens, batch, None)
         else:
             tokens = torch.tensor([[token for row in rows for token in row]], dtype=torch.int64, device=device)
             ends = torch.tensor([0, *lengths], dtype=torch.int64, device=device).cumsum(0)
-            features, batch = self.model.features(tokens, batch, ends)
+            features, batch = model.features(tokens, batch, ends)
         for i, state in enumerate(states):
             state.batch, state.row = batch, i
         features = features.flatten(0, 1)
@@ -120,12 +140,28 @@ class TorchRunner:
         together = self.model.head(features[None, places])[0].float().cpu().numpy()
         return np.split(together, np.cumsum(counts)[:-1])
 
+    def _rows_of_each_kind(
+        self, rows: Sequence[Sequence[int]], states: Sequence[TorchRowState], logits: Sequence[Wanted], kinds: list[int]
+    ) -> list[np.ndarray]:
+        """Plain rows in one call, rows with kernel states in another for each number of features."""
+        found: dict[int, np.ndarray] = {}
+        for kind in {*kinds}:
+            places = [i for i, own in enumerate(kinds) if own == kind]
+            some = ([given[i] for i in places] for given in (rows, states, logits))
+            found |= dict(zip(places, self.forward_rows(*some)))
+        return [found[i] for i in range(len(rows))]
+
     def select(self, states: Sequence[TorchRowState], rows: Sequence[int]) -> list[TorchRowState]:
         """States by index, in any order and number: one `State.select` where the rows are those of one batch."""
         if len({id(state.batch) for state in states}) > 1:
             return select(states, rows)
         batch = states[0].batch.select([states[row].row for row in rows])
         return [TorchRowState(batch, i) for i in range(len(rows))]
+
+
+def _features(state: TorchRowState) -> int:
+    """Kernel features of the row's upscaled state, 0 for a plain one."""
+    return getattr(state.batch.config, "features", 0)
 
 
 def _together(states: Sequence[TorchRowState]) -> State:
