@@ -19,6 +19,7 @@ FAMILY_MODULES = (
     "rwkv6",
     "rwkv5",
     "rwkv4",
+    "rwkv_x",
     "arwkv",
     "rad_rwkv6",
     "rad_rwkv7",

@@ -3,14 +3,13 @@
 A family gives a time mix, a channel mix and initial values; nothing here knows which family it is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rookery.nn.growth import Growth
 from rookery.nn.initial import orthogonal_, uniform_
 from rookery.nn.language_model import LanguageModel
 from rookery.state import State
@@ -39,8 +38,8 @@ class Call(NamedTuple):
     cu_seqlens: Tensor | None
     past: Tensor | None = None
     """[r, p, c], what `embedded` was for every token so far"""
-    growth: Growth | None = None
-    """for families that keep histories"""
+    growth: Any = None
+    """for families that keep histories: a `Growth`, or a plan of their own"""
     shared: Any = None
     """NamedTuple of what the state after the call holds for all blocks, None where nothing"""
 
@@ -68,6 +67,19 @@ class Block(nn.Module):
         x = x + mixed
         mixed, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, call.cu_seqlens)
         return x + mixed, LayerState(att_shift, wkv, ffn_shift), v_first
+
+
+def through(
+    blocks: Iterable[nn.Module], x: Tensor, layers: Iterable[NamedTuple], call: Call, rescale_every: int = 0
+) -> tuple[Tensor, tuple[NamedTuple, ...]]:
+    """The residual stream [b, t, c] after `blocks`, and what each remembers then; see `rescale` for `rescale_every`."""
+    after, v_first = [], None
+    for i, (block, before) in enumerate(zip(blocks, layers, strict=True), start=1):
+        x, layer, v_first = block(x, before, v_first, call)
+        after.append(layer)
+        if rescale_every and i % rescale_every == 0:
+            x = x / 2
+    return x, tuple(after)
 
 
 class RWKV(LanguageModel):
@@ -115,15 +127,9 @@ class RWKV(LanguageModel):
         state = self.check_tokens(tokens, state, cu_seqlens)
         x = self.embed(tokens)
         call = self.call(tokens, x, state, cu_seqlens)
-        layers, v_first = [], None
-        rescale_every = getattr(self.config, "rescale_every", 0)
-        for i, (block, before) in enumerate(zip(self.blocks, state.layers, strict=True), start=1):
-            x, after, v_first = block(x, before, v_first, call)
-            layers.append(after)
-            if rescale_every and i % rescale_every == 0:
-                x = x / 2
+        x, layers = through(self.blocks, x, state.layers, call, getattr(self.config, "rescale_every", 0))
         read = cu_seqlens.diff() if cu_seqlens is not None else tokens.shape[1]
-        return self.ln_out(x), State(tuple(layers), state.tokens_seen + read, self.config, call.shared)
+        return self.ln_out(x), State(layers, state.tokens_seen + read, self.config, call.shared)
 
     def init_state(self, batch: int = 1) -> State:
         tokens_seen = torch.zeros(batch, dtype=torch.int64, device=self.emb.weight.device)
