@@ -25,6 +25,8 @@ FAMILY_MODULES = (
     "rad_rwkv7",
     "transformer",
     "vision_rwkv",
+    "diffusion",
+    "dir7",
     "rimer",
     "rimer_released",
     "timer",
