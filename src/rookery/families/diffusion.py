@@ -117,10 +117,12 @@ class DiffusionRWKVConfig(DiffusionConfig):
         return 1 if self.variant == "v4" else self.hidden_size // self.head_dim
 
 
-def create(*, hidden_size: int = 384, **given: Any) -> DiffusionRWKVConfig:
-    """A config with a channel mix of 4 widths and, for RWKV-7's state, ranks by its formula, unless given."""
-    sizes = {"intermediate_size": 4 * hidden_size, "head_dim": min(64, hidden_size), **suggested_ranks(hidden_size)}
-    return DiffusionRWKVConfig(hidden_size=hidden_size, **{**sizes, **given})
+def create(*, hidden_size: int = 384, variant: str = "v4", **given: Any) -> DiffusionRWKVConfig:
+    """A config with a channel mix of 4 widths and, for RWKV-7's state, heads and ranks by its formula, unless given."""
+    sizes: dict[str, Any] = {"intermediate_size": 4 * hidden_size}
+    if variant == "v7":
+        sizes |= {"head_dim": min(64, hidden_size), **suggested_ranks(hidden_size)}
+    return DiffusionRWKVConfig(hidden_size=hidden_size, variant=variant, **{**sizes, **given})
 
 
 def block_names(config: DiffusionRWKVConfig) -> list[str]:
@@ -234,22 +236,18 @@ _TEST = {
     "hidden_size": 32,
     "num_hidden_layers": 3,
     "intermediate_size": 64,
-    "head_dim": 16,
     "noise_steps": 50,
     "beta_last": 0.2,
     "num_classes": 10,
-    "decay_rank": 6,
-    "rate_rank": 5,
-    "value_rank": 4,
-    "gate_rank": 7,
 }
+_RANKS = {"head_dim": 16, "decay_rank": 6, "rate_rank": 5, "value_rank": 4, "gate_rank": 7}
 SIZES = {"small": (384, 13), "base": (384, 25), "medium": (512, 25), "large": (768, 37), "huge": (1024, 37)}
 """Name -> width and blocks, as published."""
 PRESETS = {
     **{name: create(hidden_size=c, num_hidden_layers=layers) for name, (c, layers) in SIZES.items()},
     **{f"{name}-4": create(hidden_size=c, num_hidden_layers=n, patch_size=4) for name, (c, n) in SIZES.items()},
     "test": DiffusionRWKVConfig(**_TEST),
-    "v7-test": DiffusionRWKVConfig(**_TEST, variant="v7"),
+    "v7-test": DiffusionRWKVConfig(**_TEST, **_RANKS, variant="v7"),
 }
 
 FAMILY = Family(
