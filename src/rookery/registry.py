@@ -16,6 +16,7 @@ FAMILY_MODULES = (
     "rwkv8_hybrid",
     "rwkv7_rosa",
     "rosa",
+    "goldfinch",
     "rwkv6",
     "rwkv5",
     "rwkv4",

@@ -415,7 +415,7 @@ def test_a_bfloat16_model_accumulates_in_float32(name):
     assert logits.dtype == torch.bfloat16
     for field, tensor in state.tensors().items():
         wide = torch.float32 if field.rpartition(".")[2] in WIDE_FIELDS else torch.bfloat16
-        assert tensor.dtype == (wide if tensor.is_floating_point() else torch.int64), field
+        assert tensor.dtype in ((wide,) if tensor.is_floating_point() else (torch.int64, torch.int32)), field
     assert all(p.grad.isfinite().all() for p in model.parameters())
     want = exact(tokens)[0]
     error = (logits.double() - want).square().mean().sqrt() / want.square().mean().sqrt()

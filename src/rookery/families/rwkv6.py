@@ -97,7 +97,7 @@ def tensor_shapes(config: RWKV6Config) -> dict[str, tuple[int, ...]]:
 
 
 def recognise(shapes: Shapes) -> bool:
-    return "blocks.0.att.time_maa_x" in shapes
+    return "blocks.0.att.time_maa_x" in shapes and "w_kv_cache_a.weight" not in shapes  # GoldFinch's trunk
 
 
 def config_from_shapes(shapes: Shapes) -> RWKV6Config:

@@ -28,7 +28,7 @@ class TimeMix(nn.Module):
         super().__init__()
         self.config = config
         width, count = config.hidden_size, len(config.signals)
-        for name in "x" + config.signals:
+        for name in ("x", *config.signals):
             setattr(self, f"time_maa_{name}", nn.Parameter(torch.empty(1, 1, width)))
         self.factors = mix_factors(config)
         setattr(self, f"{self.factors}1", nn.Parameter(torch.empty(width, count * config.mix_rank)))
@@ -50,10 +50,7 @@ class TimeMix(nn.Module):
         self, x: Tensor, shift: Tensor, wkv: Tensor, v_first: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         signals, shift = self.interpolate(x, shift, cu_seqlens)
-        # float32: the decay is exponentiated twice
-        raw = (self.time_decay + (signals["w"] @ self.time_decay_w1).tanh() @ self.time_decay_w2).to(wkv.dtype)
-        # e^88 is infinite in float32 and the gradient there 0 · ∞; every decay beyond raw = 5 is 0 anyway
-        log_w = -raw.clamp(max=80).exp()
+        raw, log_w = self.decay(signals["w"], wkv.dtype)
         r, v, k = self.receptance(signals["r"]), self.value(signals["v"]), self.key(signals["k"])
         if self.config.variant == "x060c":
             k = k * (1 - log_w.exp()).to(k.dtype)
@@ -68,16 +65,23 @@ class TimeMix(nn.Module):
             y = y * ((signals["g"] @ self.gate_w1).tanh() @ self.gate_w2)
         return self.output(y), shift, wkv, v_first
 
+    def decay(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The raw decay of every channel and its logarithm, [b, t, c] each, in `dtype`."""
+        # float32: the decay is exponentiated twice
+        raw = (self.time_decay + (x @ self.time_decay_w1).tanh() @ self.time_decay_w2).to(dtype)
+        # e^88 is infinite in float32 and the gradient there 0 · ∞; every decay beyond raw = 5 is 0 anyway
+        return raw, -raw.clamp(max=80).exp()
+
     def interpolate(self, x: Tensor, shift: Tensor, cu_seqlens: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
-        """Inputs by letter, each [b, t, c], mixed from the token and the one before by data-dependent weights."""
+        """Inputs by name, each [b, t, c], mixed from the token and the one before by data-dependent weights."""
         # a mix of 1 is the token before itself
         mix = torch.stack([self.time_maa_x.flatten(), torch.ones_like(self.time_maa_x.flatten())])
         (probe, before), shift = token_shift(x=x, mix=mix, previous=shift, cu_seqlens=cu_seqlens)
-        letters = self.config.signals
-        inner = (probe @ getattr(self, f"{self.factors}1")).tanh().unflatten(-1, (len(letters), -1))
+        names = self.config.signals
+        inner = (probe @ getattr(self, f"{self.factors}1")).tanh().unflatten(-1, (len(names), -1))
         moved = torch.einsum("btsq,sqc->sbtc", inner, getattr(self, f"{self.factors}2"))
         step = before - x
-        return {n: x + step * (getattr(self, f"time_maa_{n}") + moved[i]) for i, n in enumerate(letters)}, shift
+        return {n: x + step * (getattr(self, f"time_maa_{n}") + moved[i]) for i, n in enumerate(names)}, shift
 
 
 class ChannelMix(nn.Module):
@@ -155,7 +159,7 @@ def initial_vectors(config: RWKV6Config, layer: int) -> dict[str, Tensor]:
     return {
         "att.time_decay": decay,
         "att.time_faaaa": bonus,
-        **{f"att.time_maa_{name}": mixes[name] for name in "x" + config.signals},
+        **{f"att.time_maa_{name}": mixes[name] for name in ("x", *config.signals)},
         "ffn.time_maa_k": 1 - d ** (rho1**3),
         "ffn.time_maa_r": 1 - d ** (rho1**3),
     }

@@ -55,6 +55,11 @@ class LanguageModel(nn.Module):
         """The last norm's output [b, t, c], and the state after it: `forward` without the head."""
         raise NotImplementedError
 
+    def last_features(self, tokens: Tensor, state: State | None, count: int) -> tuple[Tensor, State]:
+        """`features` of the last `count` tokens alone: families that can save the rest of the work for them do."""
+        features, state = self.features(tokens, state, None)
+        return features[:, max(0, tokens.shape[1] - count) :], state
+
     def init_state(self, batch: int = 1) -> State:
         """The state before the first token, for `batch` rows."""
         raise NotImplementedError

@@ -3,7 +3,7 @@
 A family gives a time mix, a channel mix and initial values; nothing here knows which family it is.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -42,6 +42,8 @@ class Call(NamedTuple):
     """for families that keep histories: a `Growth`, or a plan of their own"""
     shared: Any = None
     """NamedTuple of what the state after the call holds for all blocks, None where nothing"""
+    last: int | None = None
+    """of how many last tokens the features are wanted; None for all"""
 
 
 class Block(nn.Module):
@@ -126,10 +128,19 @@ class RWKV(LanguageModel):
     ) -> tuple[Tensor, State]:
         state = self.check_tokens(tokens, state, cu_seqlens)
         x = self.embed(tokens)
-        call = self.call(tokens, x, state, cu_seqlens)
-        x, layers = through(self.blocks, x, state.layers, call, getattr(self.config, "rescale_every", 0))
-        read = cu_seqlens.diff() if cu_seqlens is not None else tokens.shape[1]
-        return self.ln_out(x), State(layers, state.tokens_seen + read, self.config, call.shared)
+        return self.run(x, state, self.call(tokens, x, state, cu_seqlens))
+
+    def run(self, x: Tensor, state: State, call: Call) -> tuple[Tensor, State]:
+        """`features` for embedded tokens [b, t, c]."""
+        x, layers, shared = self.stack(x, state.layers, call)
+        read = call.cu_seqlens.diff() if call.cu_seqlens is not None else call.tokens.shape[1]
+        return self.ln_out(x), State(layers, state.tokens_seen + read, self.config, shared)
+
+    def stack(
+        self, x: Tensor, states: Sequence[NamedTuple], call: Call
+    ) -> tuple[Tensor, tuple[NamedTuple, ...], NamedTuple | None]:
+        """The residual stream after all blocks, their states, and what these share."""
+        return *through(self.blocks, x, states, call, getattr(self.config, "rescale_every", 0)), call.shared
 
     def init_state(self, batch: int = 1) -> State:
         tokens_seen = torch.zeros(batch, dtype=torch.int64, device=self.emb.weight.device)

@@ -103,11 +103,11 @@ class TorchRunner:
     def forward(self, tokens: Sequence[int], state: TorchRowState, logits: Wanted = "last") -> np.ndarray:
         device = state.state.tokens_seen.device
         row = torch.tensor(list(tokens), dtype=torch.int64, device=device)[None]
-        features, state.state = self._host(_features(state)).features(row, state.state, None)
         count = asked(logits, len(tokens))
+        features, state.state = self._host(_features(state)).last_features(row, state.state, count)
         if not count:
             return np.empty((0, self.config.vocab_size), np.float32)
-        return self.model.head(features[:, -count:])[0].float().cpu().numpy()
+        return self.model.head(features)[0].float().cpu().numpy()
 
     @torch.inference_mode()
     def forward_rows(
