@@ -136,9 +136,7 @@ class RWKV(LanguageModel):
         read = call.cu_seqlens.diff() if call.cu_seqlens is not None else call.tokens.shape[1]
         return self.ln_out(x), State(layers, state.tokens_seen + read, self.config, shared)
 
-    def stack(
-        self, x: Tensor, states: Sequence[NamedTuple], call: Call
-    ) -> tuple[Tensor, tuple[NamedTuple, ...], NamedTuple | None]:
+    def stack(self, x: Tensor, states: Sequence[NamedTuple], call: Call) -> tuple[Tensor, tuple[NamedTuple, ...], Any]:
         """The residual stream after all blocks, their states, and what these share."""
         return *through(self.blocks, x, states, call, getattr(self.config, "rescale_every", 0)), call.shared
 
