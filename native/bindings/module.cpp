@@ -28,6 +28,7 @@ NB_MODULE(_native, m) {
   rookery::bind_packing(m);
   rookery::bind_relu_squared(m);
   rookery::bind_runtime(m);
+  rookery::bind_taylor_attention(m);
   rookery::bind_token_shift(m);
   rookery::bind_tokenizer(m);
   rookery::bind_wkv4(m);

@@ -10,6 +10,7 @@ void bind_cross_entropy(nanobind::module_& m);
 void bind_packing(nanobind::module_& m);
 void bind_relu_squared(nanobind::module_& m);
 void bind_runtime(nanobind::module_& m);
+void bind_taylor_attention(nanobind::module_& m);
 void bind_token_shift(nanobind::module_& m);
 void bind_tokenizer(nanobind::module_& m);
 void bind_wkv4(nanobind::module_& m);

@@ -24,6 +24,7 @@ FAMILY_MODULES = (
     "arwkv",
     "rad_rwkv6",
     "rad_rwkv7",
+    "based",
     "transformer",
     "vision_rwkv",
     "diffusion",

@@ -15,6 +15,7 @@ from rookery.ops.wkv7.cases import Case as Wkv7Case
 SHARED_MEMORY = 232448
 """Bytes that a program may have on an H100 or H200."""
 CALLS = [
+    ("taylor_attention", contract.cases_of("taylor_attention").CASES[0]),
     *[(op, contract.cases_of(op).CASES[0]) for op in ("relu_squared", "token_shift", "wkv7_inputs", "wkv7_output")],
     ("token_shift", ShiftCase(batch=1, time=9, lengths=(4, 5))),
     ("bi_wkv", contract.cases_of("bi_wkv").CASES[0]),
@@ -60,7 +61,8 @@ def compiled(monkeypatch):
 def test_kernels_compile_and_fit_on_the_chip(op, case, compiled):
     call = contract.arguments_of(op, case, torch.bfloat16)
     contract.results(contract.op_named(op).backends["triton"].run, call)
-    assert any("backward" in name or "gradients" in name for name in compiled)
+    # a step of decoding has its gradient in plain torch
+    assert op == "taylor_attention" or any("backward" in name or "gradients" in name for name in compiled)
     assert all(kernel.metadata.shared <= SHARED_MEMORY for kernel in compiled.values())
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from rookery.checkpoints.detect import read_file
 from rookery.checkpoints.source import Source, short
 from rookery.errors import BadCheckpoint
+from rookery.families import based
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 MAIN = ("model.safetensors", "pytorch_model.bin")
@@ -67,6 +68,8 @@ def _hints(config: Path) -> dict[str, Any]:
     if not config.is_file():
         return {}
     hints = _json(config)
+    if "alt_mixer" in hints:
+        hints |= based.hints(hints)
     # how often transformers halves the stream when it runs the model; the weights in the file are not divided for it
     hints.pop("rescale_every", None)
     width, heads = hints.get("hidden_size"), hints.get("num_attention_heads")

@@ -21,9 +21,13 @@ SESSION_PREFIX = "session."
 """Begins the names of tensors that are no part of the model's state."""
 
 
-def sizes(config: Any) -> dict[str, int]:
-    """The whole numbers of a config: two models share states only if these are equal."""
-    return {name: value for name, value in asdict(config).items() if isinstance(value, int)}
+def sizes(config: Any) -> dict[str, Any]:
+    """The whole numbers of a config, and its lists of them: two models share states only if these are equal."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(config).items()
+        if isinstance(value, int | tuple)
+    }
 
 
 def fingerprint(family: str, config: Any, embedding: np.ndarray, final_norm: np.ndarray) -> str:

@@ -43,9 +43,10 @@ class Place(NamedTuple):
 def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """Rotary embedding of x [b, h, t, d] at positions [b, t]; channel i is paired with i + d/2 (RoFormer, eq. 34)."""
     half = x.shape[-1] // 2
-    frequencies = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    # float32 angles at least: bfloat16 cannot tell position 1000 from 1001
+    wide = torch.promote_types(x.dtype, torch.float32)
+    frequencies = theta ** (-torch.arange(half, device=x.device, dtype=wide) / half)
     angles = positions[:, None, :, None] * frequencies  # [b, 1, t, d/2]
-    # float32 angles: bfloat16 cannot tell position 1000 from 1001
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x.split(half, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

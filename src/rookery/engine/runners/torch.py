@@ -107,7 +107,7 @@ class TorchRunner:
         features, state.state = self._host(_features(state)).last_features(row, state.state, count)
         if not count:
             return np.empty((0, self.config.vocab_size), np.float32)
-        return self.model.head(features)[0].float().cpu().numpy()
+        return self._logits(features[0])
 
     @torch.inference_mode()
     def forward_rows(
@@ -137,8 +137,14 @@ class TorchRunner:
         places = [end - n + i for end, n in zip(np.cumsum(lengths).tolist(), counts) for i in range(n)]
         if not places:
             return [np.empty((0, self.config.vocab_size), np.float32) for _ in rows]
-        together = self.model.head(features[None, places])[0].float().cpu().numpy()
-        return np.split(together, np.cumsum(counts)[:-1])
+        return np.split(self._logits(features[places]), np.cumsum(counts)[:-1])
+
+    def _logits(self, features: torch.Tensor) -> np.ndarray:
+        """Logits [n, vocab] for features [n, c]; rows of the embedding that are no tokens cannot be sampled."""
+        logits = self.model.head(features[None])[0].float()
+        if padding := getattr(self.config, "padding_rows", 0):
+            logits[:, -padding:] = -torch.inf
+        return logits.cpu().numpy()
 
     def _rows_of_each_kind(
         self, rows: Sequence[Sequence[int]], states: Sequence[TorchRowState], logits: Sequence[Wanted], kinds: list[int]
