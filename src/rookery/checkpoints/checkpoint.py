@@ -106,6 +106,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, settings: Mapping[str, Any]
         path = hub.local(path)
     where = os.fspath(path)
     source = read_folder(path) if os.path.isdir(path) else with_sidecar(read_file(path), where)
+    if settings:  # some sizes can only be read off tensors together with what is told
+        source = replace(source, hints={**source.hints, **settings})
     try:
         checkpoint = _understood(source, where)
         return _told(checkpoint, settings) if settings else checkpoint

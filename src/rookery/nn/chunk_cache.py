@@ -251,6 +251,19 @@ def _reduced(config: Any, cache: ChunkCache, now: Round) -> ChunkCache:
     return cache._replace(**changed)
 
 
+def positions(config: Any, cache: ChunkCache, tokens_seen: int) -> Tensor:
+    """Which tokens the entries of rows that have read `tokens_seen` come from, [r, h, entries]; for looking at.
+
+    ValueError where nothing is ever evicted: then they are all tokens.
+    """
+    if not config.max_entries:
+        raise ValueError("this cache evicts nothing (max_entries=0): its entries are all tokens that were read")
+    entries = config.entries(tokens_seen)
+    base = entries // config.chunk_size * config.chunk_size
+    held = torch.cat([cache.past_positions[:, :base], cache.positions[:, : entries - base]], dim=1)
+    return held.transpose(1, 2)
+
+
 @torch.no_grad()
 def kept(config: Any, keys: Tensor, queries: Tensor) -> Tensor:
     """Which of `max_entries` entries remain, int64 [r, h, min_entries] in the order of their coming.

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from rookery.errors import unknown
-from rookery.recipes import finetune, images, pretrain
+from rookery.recipes import finetune, images, pretrain, rwkv_x
 from rookery.recipes.embedded import embedded
 from rookery.recipes.forecast import forecast
 from rookery.recipes.tiny_test import tiny_test
@@ -22,6 +22,8 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "pile-0.1b": pretrain.pile_small,
     "pile-0.4b": pretrain.pile_medium,
     "pile-1.4b": pretrain.pile_large,
+    "rwkv-x-align": rwkv_x.align,
+    "rwkv-x-long": rwkv_x.long,
     "lora": finetune.lora,
     "pissa": finetune.pissa,
     "miss": finetune.miss,

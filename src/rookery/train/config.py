@@ -79,6 +79,31 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LongCEConfig:
+    """LongCE (arXiv 2410.23771, as RWKV-X trains): tokens that need a long context weigh more.
+
+    A token's weight is exp(its loss after few tokens − its loss after all), between `floor` and `cap`; the first
+    2 · `truncation` tokens of a row weigh 1.
+    """
+
+    truncation: int = 0
+    """Tokens, at least, that the loss after few tokens has before it; 0 for the plain loss."""
+    stride: int = 0
+    """Tokens that a reading with few tokens before it weighs; 0 means `truncation`."""
+    cap: float = 10.0
+    floor: float = 0.0
+    """1 never weighs a token less than the plain loss does."""
+    normalise: bool = False
+    """Whether to divide by the mean weight."""
+
+    def __post_init__(self) -> None:
+        if self.truncation < 0 or self.stride < 0:
+            raise ValueError(f"longce.truncation ({self.truncation}) and stride ({self.stride}) must be 0 or more")
+        if not 0 <= self.floor <= self.cap:
+            raise ValueError(f"longce.floor ({self.floor}) must lie between 0 and longce.cap ({self.cap})")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run."""
 
@@ -89,7 +114,12 @@ class TrainConfig:
     overrides: dict[str, Any] = field(default_factory=dict)
     """Fields of the model's config to replace; the vocabulary size follows the tokenizer unless given."""
     initial: str = ""
-    """Model file to start from; where empty, the model's published initial weights."""
+    """Model file to start from; where empty, the model's published initial weights. An RWKV-7 gets sparse blocks where
+    `model` is an RWKV-X; `overrides` are the sizes that these add."""
+    expand_init: Literal["zero", "copy"] = "zero"
+    """How blocks put into a model begin: adding nothing to what it computes, or as copies of the blocks before them."""
+    train_only: str = ""
+    """Patterns of names of the parameters that are trained, separated by commas ("moba.*"); all where empty."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     out: str = "out"
@@ -102,6 +132,8 @@ class TrainConfig:
     """Parts of a process's rows that go through the model one after the other: less memory, the same step."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations and gradients; master weights are float32 always."""
+    longce: LongCEConfig = field(default_factory=LongCEConfig)
+    """Weights of tokens in windows of a long text."""
     l2wrap: float = 1e-4
     """Pull on the largest logit (core.md 1.10)."""
     seed: int = 0
@@ -143,6 +175,12 @@ class TrainConfig:
             raise ValueError(f"piece_length must be 0 or more, got {self.piece_length}")
         if self.piece_length and self.context_parallel > 1:
             raise ValueError("rows are cut in pieces (piece_length) or shared (context_parallel), not both")
+        if type(self) is not TrainConfig and (self.longce.truncation or self.train_only):
+            raise ValueError("longce and train_only are for models that learn running text (`rookery train`)")
+        if self.longce.truncation and (self.piece_length or self.context_parallel > 1):
+            raise ValueError("longce weighs tokens of whole rows: use piece_length=0 and context_parallel=1")
+        if self.longce.truncation and self.data.order == "documents":
+            raise ValueError('longce weighs tokens of windows: use data.order="shuffle" or "official"')
         if not 0 <= self.data.validation_share < 1:
             raise ValueError(f"data.validation_share must lie in [0, 1), got {self.data.validation_share}")
 

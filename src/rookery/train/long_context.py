@@ -8,11 +8,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from rookery.nn.language_model import LanguageModel
 from rookery.ops.linear_cross_entropy import linear_cross_entropy
 from rookery.ops.wkv7 import wkv7
 from rookery.state import State
+from rookery.train.config import LongCEConfig
 
 
 def backward_in_pieces(
@@ -70,6 +73,53 @@ def backward_in_pieces(
 
 def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.is_floating_point())
+
+
+def longce_loss(
+    model: LanguageModel, inputs: Tensor, targets: Tensor, how: LongCEConfig, l2wrap: float = 0.0
+) -> Tensor:
+    """Mean of weight × cross-entropy in nats of `targets` [b, t] after `inputs` [b, t]; see `LongCEConfig`."""
+    features, _ = model.features(inputs, None, None)
+    losses, pull = token_losses(features, model.head.weight, targets, l2wrap)
+    weights = longce_weights(model, inputs, targets, losses.detach(), how)
+    # the pull on the largest logits has a gradient and no value
+    return (weights * losses).mean() + pull - pull.detach()
+
+
+@torch.no_grad()
+def longce_weights(model: LanguageModel, inputs: Tensor, targets: Tensor, full: Tensor, how: LongCEConfig) -> Tensor:
+    """Weights [b, t] from the losses `full` [b, t] of whole rows and those of readings that begin later.
+
+    A reading begins at every `stride` tokens from `truncation` on; it weighs the `stride` tokens (the last reading: all
+    that are left) that follow its first `truncation` ones.
+    """
+    short, stride, length = how.truncation, how.stride or how.truncation, inputs.shape[1]
+    weights = torch.ones_like(full)
+    for start in range(short, length - short, stride):
+        part = slice(start, min(start + short + stride, length))
+        features, _ = model.features(inputs[:, part], None, None)
+        losses, _ = token_losses(features[:, short:], model.head.weight, targets[:, part][:, short:])
+        weighed = slice(start + short, part.stop)
+        weights[:, weighed] = (losses - full[:, weighed]).exp().clamp(how.floor, how.cap)
+    return weights / weights.mean() if how.normalise else weights
+
+
+def token_losses(
+    features: Tensor, weight: Tensor, targets: Tensor, l2wrap: float = 0.0, at_once: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy [b, t] in float32, and what `l2wrap` pulls by; logits of `at_once` tokens are held at a time."""
+
+    def some(features: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = (features @ weight.T).float()
+        largest = logits.amax(dim=-1)
+        return cross_entropy(logits, targets, reduction="none"), (largest * largest.detach()).sum()
+
+    found = [
+        checkpoint(some, part, weight, wanted, use_reentrant=False)
+        for part, wanted in zip(features.flatten(0, 1).split(at_once), targets.flatten().split(at_once))
+    ]
+    losses, pulls = zip(*found)
+    return torch.cat(losses).view(targets.shape), torch.stack(pulls).sum() * (l2wrap / targets.numel())
 
 
 class _Gather(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,8 +97,10 @@ def moved(batch: Any, device: torch.device) -> Any:
     return batch if device.type == "cpu" else tree_map_only(Tensor, lambda t: t.to(device), batch)
 
 
-def blocks_of(model: nn.Module) -> nn.ModuleList:
+def blocks_of(model: nn.Module) -> Iterable[nn.Module]:
     """The model's blocks, in order; ValueError where it has none that this library knows."""
+    if isinstance(blocks := getattr(model, "blocks", None), list):  # of several kinds, in the order of their running
+        return blocks
     for name, module in model.named_modules():  # transformers have them one level down, as "model.layers"
         if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in ("blocks", "layers"):
             return module

@@ -1,5 +1,6 @@
 """Predict the next token."""
 
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,15 @@ from rookery.data.text import (
     validation_rows,
 )
 from rookery.models import create_model, load, save_model
+from rookery.models.rwkv_x import expand
 from rookery.nn.language_model import LanguageModel
 from rookery.ops.linear_cross_entropy import linear_cross_entropy
+from rookery.registry import find
 from rookery.tokenizers import Tokenizer, load_tokenizer
 from rookery.tokenizers.pairing import NAMES as SHIPPED_TOKENIZERS
 from rookery.tokenizers.trie import TrieTokenizer
 from rookery.train.config import DataConfig, TrainConfig
-from rookery.train.long_context import backward_in_pieces
+from rookery.train.long_context import backward_in_pieces, longce_loss
 from rookery.train.parallel import Place, moved
 from rookery.train.tasks.base import Task
 from rookery.train.tasks.sft import sft_loss
@@ -54,6 +57,7 @@ class LanguageTask(Task):
             raise ValueError("no text to train on: give data.path, for example --set data.path=book.txt")
         learned, self.held_out = corpora(config.data, self.tokenizer)
         self.model = self.trained = starting_model(config, self.tokenizer.vocab_size)
+        freeze(self.model, config)
         self.documents: PackedDocuments | None = None
         length, weights = config.data.sequence_length, _numbers(config.data.weights)
         if config.data.order != "documents":
@@ -74,6 +78,8 @@ class LanguageTask(Task):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         if isinstance(batch, PackedBatch):
             return {"loss": sft_loss(self.model, batch, self.config.l2wrap)}
+        if self.config.longce.truncation:
+            return {"loss": longce_loss(self.model, *batch, self.config.longce, self.config.l2wrap)}
         return {"loss": language_loss(self.model, *batch, self.config.l2wrap)}
 
     def backward(self, batch: Batch, weight: float) -> dict[str, Tensor]:
@@ -146,12 +152,26 @@ def starting_model(config: TrainConfig, vocab_size: int) -> LanguageModel:
     if not config.initial:
         return create_model(config.model, seed=config.seed, **{"vocab_size": vocab_size, **config.overrides})
     model = load(config.initial, dtype=torch.float32)
+    if find(config.model)[0].name == "rwkv-x" and model.family == "rwkv7":
+        model = expand(model, init=config.expand_init, **config.overrides)
     if model.config.vocab_size < vocab_size:
         raise ValueError(
             f"{config.initial!r} knows {model.config.vocab_size} tokens, the tokenizer {config.data.tokenizer!r} has "
             f"{vocab_size}; give the tokenizer that the model was trained with"
         )
     return model
+
+
+def freeze(model: LanguageModel, config: TrainConfig) -> None:
+    """Leaves gradients to the parameters that `config.train_only` names; ValueError where it names none."""
+    patterns = config.train_only.split(",") if config.train_only else ["*"]
+    names = {name for name, _ in model.named_parameters() if any(fnmatch(name, pattern) for pattern in patterns)}
+    if not names:
+        raise ValueError(f"train_only={config.train_only!r} names no parameter of {model.family}")
+    if config.train_only and not config.initial:
+        raise ValueError(f"train_only={config.train_only!r} leaves the rest as it is: give initial, a trained model")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
 
 
 def corpora(data: DataConfig, tokenizer: Tokenizer) -> tuple[list[Corpus], Corpus]:
