@@ -29,6 +29,7 @@ FAMILY_MODULES = (
     "vision_rwkv",
     "diffusion",
     "dir7",
+    "clip",
     "rimer",
     "rimer_released",
     "timer",

@@ -91,7 +91,11 @@ class SpatialMix6(nn.Module):
         self.ln_x = nn.GroupNorm(config.num_heads, width, eps=config.group_norm_eps)
 
     def forward(self, x: Tensor, grid: Grid, v_first: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        step = neighbours(x, grid, self.config) - x
+        return self.attend(x, neighbours(x, grid, self.config)), v_first
+
+    def attend(self, x: Tensor, near: Tensor, real: Tensor | None = None) -> Tensor:
+        """What follows the shift, which gave `near` [b, t, c]; where `real` [b, t] is false, tokens write nothing."""
+        step = near - x
         inner = ((x + step * self.time_maa_x) @ self.time_maa_w1).tanh().unflatten(-1, (5, -1))
         moved = torch.einsum("btsq,sqc->sbtc", inner, self.time_maa_w2)
         xw, xk, xv, xr, xg = (x + step * (getattr(self, f"time_maa_{n}") + m) for n, m in zip("wkvrg", moved))
@@ -100,10 +104,12 @@ class SpatialMix6(nn.Module):
         raw = (self.time_decay + (xw @ self.time_decay_w1).tanh() @ self.time_decay_w2).to(wide)
         parts = self.receptance(xr), -raw.clamp(max=80).exp(), self.key(xk), self.value(xv)
         r, log_w, k, v = (part.unflatten(-1, (-1, self.config.head_dim)) for part in parts)
+        if real is not None:
+            log_w, k, v = (part * real[..., None, None].to(part.dtype) for part in (log_w, k, v))
         y = bi_wkv6(r=r, log_w=log_w, k=k, v=v, u=self.time_faaaa)
         if self.config.key_norm:
             y = self.key_norm(y.flatten(2)).view_as(y)
-        return self.output(head_norm(self.ln_x, y) * silu(self.gate(xg))), v_first
+        return self.output(head_norm(self.ln_x, y) * silu(self.gate(xg)))
 
 
 class SpatialMix7(TimeMix):
