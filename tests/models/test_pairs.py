@@ -50,7 +50,7 @@ def test_images_of_any_size_and_texts_of_any_length_meet_in_one_space(name, size
     model = create_model(name)
     image, text, scale = model(images(*size).float(), texts(length=length))
     assert image.shape == text.shape == (3, model.config.hidden_size)
-    assert float(scale) == pytest.approx(1 / 0.07, rel=1e-6)
+    assert scale.item() == pytest.approx(1 / 0.07, rel=1e-6)
     torch.testing.assert_close(torch.stack([image, text]).norm(dim=2), torch.ones(2, 3))
 
 
