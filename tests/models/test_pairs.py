@@ -222,11 +222,11 @@ def test_groups_decay_everything_or_matrices_alone():
 def test_initial_values_are_those_of_the_table():
     model = create_model("rwkv-clip-test")
     block = model.text_model.blocks[1]
-    assert float(model.logit_scale) == pytest.approx(math.log(1 / 0.07))
+    assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
     for name in ("att.output.weight", "ffn.value.weight", "ffn.receptance.weight", "att.time_maa_w1"):
         assert not block.get_parameter(name).any()
     key = block.ffn.key.weight
     torch.testing.assert_close(key.T @ key, 0.25 * torch.eye(32))
-    assert 0 < float(model.text_model.emb.weight.abs().max()) <= 1e-4
+    assert 0 < model.text_model.emb.weight.abs().max().item() <= 1e-4
     assert torch.equal(block.att.ln_x.weight, torch.ones(32))
     torch.testing.assert_close(model.text_model.blocks[0].att.ln_x.weight, torch.full((32,), 0.5**0.7))
