@@ -26,11 +26,24 @@ class AdaptConfig:
     ("att.key")."""
     shifts: bool = False
     """Whether "state" also trains the vectors that stand for the token before the first."""
+    features: int = 0
+    """Features per head of a kernel-upscaled "state", RWKV-7 only; four times the head's channels are usual. 0 trains
+    the plain state, which every runner knows."""
+    kernel: Literal["rbf", "linear"] = "rbf"
+    """How a kernel state is read."""
+    transition: Literal["full", "none"] = "full"
+    """Whether a kernel state decays and is erased as the model's own does, or stays what it is."""
+    decorrelate: bool = False
+    """Whether "state" is trained on decorrelated inputs, which takes fewer steps and a smaller learning rate (0.1)."""
 
     def __post_init__(self) -> None:
         known = ("full", *ADAPTERS, "state")
         if self.method not in known:
             raise ValueError(f"adapt.method must be one of {', '.join(known)}; got {self.method!r}")
+        if self.method != "state" and (self.features or self.decorrelate):
+            raise ValueError(f"adapt.features and adapt.decorrelate are for the method state, not {self.method}")
+        if self.features < 0:
+            raise ValueError(f"adapt.features must be 0 or more, got {self.features}")
         if self.rank < 1:
             raise ValueError(f"adapt.rank must be at least 1, got {self.rank}")
         if not 0 <= self.dropout < 1:

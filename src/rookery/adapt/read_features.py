@@ -72,14 +72,22 @@ def features_of(recorded: Recorded) -> Tensor:
 
 @torch.no_grad()
 def read_features(
-    start: StartState, tokens: Tensor, *, positions: int | None = 256, seed: int = 0, mask: Tensor | None = None
+    start: StartState,
+    tokens: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    positions: int | None = 256,
+    seed: int = 0,
+    mask: Tensor | None = None,
 ) -> list[Tensor]:
     """Per layer the x [positions, h, m] of random positions of `tokens` [b, t], or of all (`positions=None`).
 
-    `mask` [b, t] says which positions count, as those that the loss is taken at.
+    `mask` [b, t] says which positions count, as those that the loss is taken at; `cu_seqlens` where documents begin
+    that are packed in one row.
     """
     with recorded(start.model[0]) as kept:
-        start.model[0].features(tokens, start(tokens.shape[0]), None)
+        rows = tokens.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        start.model[0].features(tokens, start(rows), cu_seqlens)
     chosen = torch.arange(tokens.numel()) if mask is None else mask.flatten().nonzero()[:, 0].cpu()
     if positions is not None and positions < len(chosen):
         chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))[:positions]]

@@ -30,9 +30,8 @@ from rookery.registry import families
 
 FORMAT = "rookery-tuned-state-1"
 """Marks our own files; anybody else's have no metadata."""
-NAME = re.compile(
-    r"(?:.*\.)?blocks\.([0-9]{1,4})\.(?:att\.|ffn\.)?(time_state(?:_left|_right)?|ts_state|kstate(?:_support|_rule)?)"
-)
+KINDS = "(?:time_state|kstate)(?:_left|_right)?|ts_state|kstate_support|kstate_rule"
+NAME = re.compile(rf"(?:.*\.)?blocks\.([0-9]{{1,4}})\.(?:att\.|ffn\.)?({KINDS})")
 Order = Literal["value_key", "key_value"]
 """Which axis of a stored matrix comes first."""
 
@@ -250,13 +249,14 @@ def _named(tensors: Mapping[str, Stored], turned: bool, where: str) -> dict[str,
         if tensor.dtype.kind in "biu":
             raise BadState(f"{where!r}: {short(name)} holds {tensor.dtype} numbers; a state holds floats")
         values = tensor.read().astype(np.float32)
-        if kind == "time_state_right":
+        if kind.endswith("_right"):
             continue
-        if kind == "time_state_left":
+        if kind.endswith("_left"):
             right = tensors.get(f"{name.removesuffix('left')}right")
             if right is None or right.shape[:-1] != (*values.shape[:-2], values.shape[-1]):
                 raise BadState(f"{where!r}: {short(name)} has no second factor that fits it")
-            found[f"layers.{layer}.wkv"] = values @ right.read().astype(np.float32)
+            part = "kstate" if kind.startswith("kstate") else "wkv"
+            found[f"layers.{layer}.{part}"] = values @ right.read().astype(np.float32)
         elif kind.startswith("kstate"):
             found[f"layers.{layer}.{kind.removeprefix('kstate_')}"] = values
         elif kind == "time_state":

@@ -26,6 +26,7 @@ VERBS = {
     "reproduce": "try a paper's claim on this machine",
     "convert": "turn a model file into another format",
     "merge": "put an adapter into the model that it was trained on",
+    "state": "tune, measure, shrink and mix start states",
     "inspect": "say what a model file is",
     "models": "list the models that can be made by name",
     "tokenize": "show or count the tokens of a text",

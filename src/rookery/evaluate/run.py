@@ -83,6 +83,8 @@ def evaluate(
     if data is None and task not in ("needle", "lm-eval"):
         raise ValueError(f"the task {task!r} needs a file: rookery eval {task} FILE")
     start = load_start(state, model) if state is not None else None
+    if start is not None:
+        model = start.model[0]  # another one where the file holds a kernel state
     options = dict(options or {})
     began = time.perf_counter()
     if task == "perplexity":

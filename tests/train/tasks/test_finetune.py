@@ -105,9 +105,15 @@ def test_preferences_are_learned(config, learn, tmp_path):
         assert (Path(config.out) / "reference.safetensors").exists()
 
 
-@pytest.mark.parametrize(("method", "dtype"), [("lora", "float32"), ("pissa", "bfloat16"), ("state", "bfloat16")])
-def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path, method, dtype):
-    config = overlay(config, {"adapt": {"method": method}, "dtype": dtype})
+KERNEL = {"features": 32, "decorrelate": True}
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "more"),
+    [("lora", "float32", {}), ("pissa", "bfloat16", {}), ("state", "bfloat16", {}), ("state", "bfloat16", KERNEL)],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path, method, dtype, more):
+    config = overlay(config, {"adapt": {"method": method, **more}, "dtype": dtype})
     whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
     train(whole)
 
@@ -207,3 +213,10 @@ def test_the_embedded_model_has_a_name(config):
     run = prepare(overlay(config, {"base": "embedded"}))
     assert run.task.model.config.vocab_size == 2047
     assert run.task.tokenizer.vocab_size == 2047
+
+
+def test_settings_of_a_state_are_refused_elsewhere(config):
+    with pytest.raises(ValueError, match=r"adapt\.features and adapt\.decorrelate are for the method state, not lora"):
+        overlay(config, {"adapt": {"features": 32}})
+    with pytest.raises(ValueError, match=r"adapt\.features must be 0 or more"):
+        overlay(config, {"adapt": {"method": "state", "features": -1}})

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from rookery.adapt.config import ADAPTERS
+from rookery.adapt.decorrelate import decorrelate
+from rookery.adapt.kernel_state import KernelStart
 from rookery.adapt.peft import INITIAL, attach, fingerprint_of, merge, restart_pissa, save_adapter, save_rwkv_peft
+from rookery.adapt.read_features import read_features
 from rookery.adapt.state_tuning import StartState, save_start
 from rookery.checkpoints import open_checkpoint
 from rookery.checkpoints.atomic import replacing
@@ -72,6 +75,8 @@ class FinetuneTask(Task):
         self.trained: nn.Module = self._adapt()
         self.documents, self.held_out = self._read()
         self.packs = self._packs(self.documents, config.seed)
+        if isinstance(self.start, KernelStart):
+            self._calibrate(self.start)
         self.references: References | None = None
 
     def _adapt(self) -> nn.Module:
@@ -82,8 +87,20 @@ class FinetuneTask(Task):
             self._attach(Path(config.out) / INITIAL)
             return self.model
         self.model.requires_grad_(False).eval().to(getattr(torch, config.dtype))
-        self.start = StartState(self.model, shifts=config.adapt.shifts)
+        adapt = config.adapt
+        if adapt.features:
+            form = {"kernel": adapt.kernel, "transition": adapt.transition, "shifts": adapt.shifts}
+            self.start = KernelStart(self.model, features=adapt.features, **form)
+            self.model = self.start.model[0]
+        else:
+            self.start = StartState(self.model, shifts=adapt.shifts)
         return self.start
+
+    def _calibrate(self, start: KernelStart) -> None:
+        """Support vectors from the keys of what is learned; the same for every run on these documents."""
+        tokens = self.batch(1).packed.inputs
+        alike = start.calibrate(tokens, seed=self.config.seed)
+        log.info("kernel state: likeness of the features, by layer: %s", " ".join(f"{x:.3f}" for x in alike))
 
     def _attach(self, kept: Path) -> None:
         """Adapters; a resumed PiSSA takes up the pair that it began with, see `restart_pissa`."""
@@ -125,6 +142,11 @@ class FinetuneTask(Task):
         return Packs([_length(document) for document in documents], rows * config.data.sequence_length, seed)
 
     def ready(self, out: Path) -> None:
+        if self.config.adapt.decorrelate:
+            # with the state still zero, so that a resumed run finds the same factors
+            packed = moved(self.batch(1), next(self.model.parameters()).device).packed
+            mask = packed.targets != IGNORED
+            decorrelate(self.start, read_features(self.start, packed.inputs, cu_seqlens=packed.cu_seqlens, mask=mask))
         if self.config.learn == "dpo":
             pairs = [*self.documents, *self.held_out]
             self.references = References.of_model(self.model, pairs, out / "reference.safetensors", self.start)
@@ -195,8 +217,9 @@ class FinetuneTask(Task):
         """What was trained: model.safetensors, or adapter/ and adapter.pth, or state.safetensors and state.pth."""
         config = self.config
         if self.start is not None:
-            for name in ("state.safetensors", "state.pth"):
-                save_start(self.start, out / name, self.model)
+            save_start(self.start, out / "state.safetensors", self.model)
+            if self.start.field == "wkv":  # other programs know no others
+                save_start(self.start, out / "state.pth", self.model)
             return
         if config.adapt.method in ADAPTERS:
             save_adapter(self.model, out / "adapter", config.adapt, base=config.base, initial=self.initial)
