@@ -19,6 +19,7 @@ VERBS = {
     "finetune": "train a model further: adapters, start states, preferences",
     "eval": "measure a model: perplexity and benchmarks",
     "forecast": "forecast a column of a CSV file",
+    "imagine": "draw what a text says",
     "classify": "name what pictures show",
     "recipes": "list the named training runs",
     "data": "turn texts into tokens for training",

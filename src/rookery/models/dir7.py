@@ -65,9 +65,13 @@ def join(prompts: Sequence[Prompt]) -> Prompt:
     return Prompt(layers, torch.cat(pooled) if pooled else None)
 
 
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
 def words_of(text: str) -> list[str]:
-    """Words in lower case, and signs."""
-    return re.findall(r"\w+|[^\w\s]", text.lower())
+    """Words in lower case, and signs; a digit that stands alone is spelled."""
+    found = re.findall(r"\w+|[^\w\s]", text.lower())
+    return [DIGITS[int(word)] if len(word) == 1 and word in "0123456789" else word for word in found]
 
 
 def bucket(word: str, buckets: int) -> int:
@@ -327,20 +331,24 @@ class DIR7(DiffusionModel):
 
     def words(self, prompts: Sequence[str]) -> Text:
         """The prompts by the model's own table of words. ValueError for a model without, or where no word is known."""
+        ids, mask = self.word_ids(prompts)
+        known = self.text_embed.weight.detach().any(dim=1)[ids] & mask
+        for i in (mask.any(dim=1) & ~known.any(dim=1)).nonzero().flatten().tolist():
+            raise ValueError(f"the model has learned none of the words of {prompts[i]!r}")
+        return Text(self.text_embed(ids), mask)
+
+    def word_ids(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Rows of the table [b, l] for the words of each prompt, and the mask of the words that are there."""
         buckets = self.config.text_buckets
         if not buckets:
             raise ValueError("this model has no table of words: give it features of a text encoder (`Text`)")
-        ids = [[bucket(word, buckets) for word in words_of(prompt)] for prompt in prompts]
-        known = self.text_embed.weight.detach().any(dim=1)
-        for prompt, row in zip(prompts, ids):
-            if row and not known[row].any():
-                raise ValueError(f"the model has learned none of the words of {prompt!r}")
-        longest = max(map(len, ids), default=0)
-        mask = torch.tensor([[i < len(row) for i in range(longest)] for row in ids], dtype=torch.bool)
-        padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids], dtype=torch.int64)
+        rows = [[bucket(word, buckets) for word in words_of(prompt)] for prompt in prompts]
+        longest = max(map(len, rows), default=0)
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.int64)
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = torch.arange(longest) < lengths[:, None]
         device = self.pos_embed.device
-        padded, mask = (x.view(len(ids), longest).to(device) for x in (padded, mask))
-        return Text(self.text_embed(padded), mask)
+        return ids.view(len(rows), longest).to(device), mask.to(device)
 
     @torch.no_grad()
     def keep_words(self, prompts: Iterable[str]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from rookery.errors import unknown
-from rookery.recipes import finetune, images, pretrain, rwkv_x
+from rookery.recipes import diffusion, finetune, images, pretrain, rwkv_x
 from rookery.recipes.embedded import embedded
 from rookery.recipes.forecast import forecast
 from rookery.recipes.tiny_test import tiny_test
@@ -18,6 +18,9 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "cifar10": images.cifar10,
     "imagenet": images.imagenet,
     "images-finetune": images.imagenet_finetune,
+    "dir-7-digits": diffusion.dir7_digits,
+    "dir-7-mnist": diffusion.dir7_mnist,
+    "diffusion-rwkv": diffusion.diffusion_rwkv,
     "minipile": pretrain.minipile,
     "pile-0.1b": pretrain.pile_small,
     "pile-0.4b": pretrain.pile_medium,

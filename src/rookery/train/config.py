@@ -68,6 +68,9 @@ class OptimConfig:
     """Largest global gradient norm."""
     momentum: float = 0.95
     """Of Muon."""
+    ema: float = 0.0
+    """What an average of the weights keeps of itself at each step, (1 + steps) / (10 + steps) where that is less; the
+    average is what is judged and written. 0 for none."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -76,6 +79,8 @@ class OptimConfig:
         if self.name == "adamw-8bit" and self.eps < 1e-8:
             # a second moment that 8 bits round to 0 would make a step as large as 1 / eps
             raise ValueError(f"adamw-8bit needs optim.eps of at least 1e-8, got {self.eps}")
+        if not 0 <= self.ema < 1 or (self.ema and self.name == "schedule-free"):
+            raise ValueError("optim.ema must lie in [0, 1), and be 0 for schedule-free, which averages by itself")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +276,38 @@ class ImageConfig(TrainConfig):
     optim: ImageOptimConfig = field(default_factory=ImageOptimConfig)
     smoothing: float = 0.1
     """Share of the target that is spread over all classes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionOptimConfig(OptimConfig):
+    """The optimiser for diffusion models: no weight decay, averaged weights (arXiv 2404.04478)."""
+
+    lr: float = 1e-4
+    final_lr: float = 1e-6
+    weight_decay: float = 0.0
+    eps: float = 1e-8
+    beta2: float = 0.999
+    ema: float = 0.9999
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagineConfig(TrainConfig):
+    """One run of a diffusion model. A row of the batch is a picture with a caption, or with the number of its class."""
+
+    task: ClassVar[str] = "rookery.train.tasks.diffusion:DiffusionTask"
+    data: ImageDataConfig = field(default_factory=ImageDataConfig)
+    augment: Augment = field(default_factory=Augment)
+    """How pictures are changed before they are learned from."""
+    optim: DiffusionOptimConfig = field(default_factory=DiffusionOptimConfig)
+    captions: str = "{}|a {}|a picture of {}"
+    """Captions of a picture, one of which is drawn each time, "|" between them; {} is the name of its class."""
+    drop: float = 0.1
+    """Share of the captions or classes that are withheld, which guidance needs."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.drop <= 1:
+            raise ValueError(f"drop is a share from 0 to 1, got {self.drop}")
 
 
 def overlay(config: Any, values: dict[str, Any], where: str = "") -> Any:

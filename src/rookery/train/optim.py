@@ -101,6 +101,8 @@ class Optimizer:
         self.inner = [_adam(config, groups)] if groups else []
         if hidden:
             self.inner.append(_muon(config, hidden))
+        self.average = [m.detach().clone() for m in self.masters] if config.ema else []
+        self.taken = torch.zeros(())
         model.to(dtype)
 
     def step(self, rate: float) -> float:
@@ -120,6 +122,7 @@ class Optimizer:
                     _set_rate(group, rate * group["lr_scale"])
                 optimizer.step()
             self._publish()
+            self._follow()
         self.clear()
         return norm
 
@@ -130,7 +133,15 @@ class Optimizer:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The model has the weights to be judged and kept: those it learns with, but for schedule-free."""
+        """The model has the weights to be judged and kept: averages with `ema` and schedule-free, else its own."""
+        if self.average:
+            own = [m.detach().clone() for m in self.masters]
+            self._become(self.average)
+            try:
+                yield
+            finally:
+                self._become(own)
+            return
         if self.config.name != "schedule-free" or not self.inner[0].state:
             yield
             return
@@ -153,7 +164,8 @@ class Optimizer:
         self.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"masters": [m.detach() for m in self.masters], "inner": [o.state_dict() for o in self.inner]}
+        state = {"masters": [m.detach() for m in self.masters], "inner": [o.state_dict() for o in self.inner]}
+        return state | ({"average": self.average, "taken": self.taken} if self.average else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for master, stored in zip(self.masters, state["masters"], strict=True):
@@ -161,6 +173,23 @@ class Optimizer:
         self._publish()
         for optimizer, inner in zip(self.inner, state["inner"], strict=True):
             optimizer.load_state_dict(inner)
+        for average, stored in zip(self.average, state.get("average", [])):
+            average.copy_(stored)
+        self.taken.copy_(state.get("taken", self.taken))
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Moves the averages towards the weights: less and less, so that the first steps are soon forgotten."""
+        if self.average:
+            self.taken += 1
+            steps = float(self.taken)
+            decay = min(self.config.ema, (1 + steps) / (10 + steps))
+            torch._foreach_lerp_(self.average, [m.detach() for m in self.masters], 1 - decay)
+
+    @torch.no_grad()
+    def _become(self, weights: list[Tensor]) -> None:
+        torch._foreach_copy_([m.detach() for m in self.masters], weights)
+        self._publish()
 
     @torch.no_grad()
     def _publish(self) -> None:

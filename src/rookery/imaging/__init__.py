@@ -1,0 +1,1 @@
+"""Pictures out of diffusion models: samplers, guidance, the pipeline. The models are in `rookery.models`."""
