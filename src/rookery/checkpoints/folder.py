@@ -75,6 +75,8 @@ def _hints(config: Path) -> dict[str, Any]:
     width, heads = hints.get("hidden_size"), hints.get("num_attention_heads")
     if type(width) is int and type(heads) is int and heads > 0:
         hints.setdefault("head_dim", width // heads)
+    if isinstance(positions := hints.get("rope_parameters"), dict) and "rope_theta" in positions:
+        hints.setdefault("rope_theta", positions["rope_theta"])  # where transformers 5 writes it
     if "rope_theta" in hints:  # of attention that hybrids keep, whatever their time mix does
         hints.setdefault("attention_rope_theta", hints["rope_theta"])
     if "head_dim" in hints:

@@ -17,6 +17,7 @@ VERBS = {
     "serve": "serve models over HTTP, to OpenAI's clients and a browser",
     "train": "train a model from a recipe, or go on where it stopped",
     "finetune": "train a model further: adapters, start states, preferences",
+    "distill": "turn a transformer into an RWKV, stage by stage",
     "eval": "measure a model: perplexity and benchmarks",
     "forecast": "forecast a column of a CSV file",
     "imagine": "draw what a text says",

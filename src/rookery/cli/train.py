@@ -60,6 +60,11 @@ def run_recipe(given: argparse.Namespace, default: str) -> int:
         print(describe(config))
         estimate(config)
         return 0
+    return trained(config)
+
+
+def trained(config: Any) -> int:
+    """Trains, and gives the exit code."""
     from rookery.train.loop import train
     from rookery.train.memory import keep_freed_memory
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from rookery.errors import unknown
-from rookery.recipes import diffusion, finetune, images, pretrain, rwkv_x
+from rookery.recipes import diffusion, distill, finetune, images, pretrain, rwkv_x
 from rookery.recipes.embedded import embedded
 from rookery.recipes.forecast import forecast
 from rookery.recipes.tiny_test import tiny_test
@@ -34,10 +34,18 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "state": finetune.state_tuning,
     "dpo": finetune.dpo,
     "orpo": finetune.orpo,
+    "radlads-align": distill.radlads_align,
+    "radlads-distill": distill.radlads_distill,
+    "radlads-text": distill.radlads_text,
+    "arwkv-align": distill.arwkv_align,
+    "arwkv-distill": distill.arwkv_distill,
+    "arwkv-sft": distill.arwkv_sft,
+    "arwkv-dpo": distill.arwkv_dpo,
     "shakespeare-lora": finetune.shakespeare_lora,
     "shakespeare-state": finetune.shakespeare_state,
 }
-"""Name -> recipe; those that start from a model (`FinetuneConfig`) belong to `rookery finetune`."""
+"""Name -> recipe; those that start from a model (`FinetuneConfig`) belong to `rookery finetune`, those that
+start from a transformer to `rookery distill`, which runs the stages of `distill.STAGES` in a row."""
 
 
 def recipe(name: str) -> TrainConfig:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rookery.checkpoints.atomic import replacing
-from rookery.train.config import FinetuneConfig, TrainConfig, describe
+from rookery.train.config import DistillConfig, FinetuneConfig, TrainConfig, describe
 
 USE = ("## Use", "", "```", "rookery generate --model model.safetensors PROMPT", "```", "")
 
@@ -15,7 +15,11 @@ USE = ("## Use", "", "```", "rookery generate --model model.safetensors PROMPT",
 def write_card(path: Path, config: TrainConfig, parameters: int, facts: dict[str, Any], *, writes: bool = True) -> None:
     """Writes the card to `path`; `facts` are figures of the run's last step, by name; `writes` says that it is a
     language model."""
-    base = config.base if isinstance(config, FinetuneConfig) else config.initial
+    base, made = config.initial, config.model
+    if isinstance(config, FinetuneConfig):
+        base, made = config.base, f"Fine-tuned from {config.base}"
+    elif isinstance(config, DistillConfig):
+        base, made = config.teacher, f"Distilled from {config.teacher}"
     head = ["library_name: rookery", "tags: [rwkv]"]
     if writes:
         head.append("pipeline_tag: text-generation")
@@ -26,7 +30,7 @@ def write_card(path: Path, config: TrainConfig, parameters: int, facts: dict[str
         *("---", *head, "---", ""),
         f"# {path.parent.resolve().name}",
         "",
-        f"{'Fine-tuned from ' + base if base else config.model}, {parameters:,} parameters.",
+        f"{made}, {parameters:,} parameters.",
         "",
         "## Figures",
         "",

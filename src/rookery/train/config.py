@@ -52,8 +52,9 @@ class OptimConfig:
     """Peak learning rate."""
     final_lr: float = 6e-5
     """Learning rate of the last step."""
-    schedule: Literal["cosine", "wsd", "linear", "exponential"] = "cosine"
-    """From the peak to the end: a cosine; stable, then a line; a line; lr · (final_lr / lr)^progress, RWKV-4's."""
+    schedule: Literal["cosine", "wsd", "linear", "exponential", "quarter-cosine"] = "cosine"
+    """From the peak to the end: a cosine; stable, then a line; a line; lr · (final_lr / lr)^progress, RWKV-4's; the
+    first quarter of a cosine, RADLADS', which stays high for longer."""
     warmup_steps: int = 10
     """Steps in which the rate rises from 1% of the peak."""
     decay_share: float = 0.3
@@ -230,6 +231,66 @@ class FinetuneConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """What a transformer becomes."""
+
+    to: Literal["arwkv", "rad-rwkv6", "rad-rwkv7"] = "rad-rwkv7"
+    """RWKV-7's own time mix, begun anew (ARWKV); or the attention's projections around RWKV-6's or RWKV-7's recurrence
+    (RADLADS)."""
+    keep_attention: str = ""
+    """Blocks that keep softmax attention: "last:4", "first:2", or "0,3-5" counted from 0."""
+    untie: bool = True
+    """Whether a student whose teacher's head is its embedding gets a head of its own."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Fields of the student's config, such as head_dim or decay_rank."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(TrainConfig):
+    """One stage of turning a transformer into an RWKV."""
+
+    task: ClassVar[str] = "rookery.train.tasks.distill:DistillTask"
+    teacher: str = ""
+    """The transformer: a folder of Hugging Face's shape, a file, or a Hub id."""
+    student: str = ""
+    """Model file to go on from, the result of an earlier stage; where empty, the teacher is converted."""
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
+    """How, where no student is given."""
+    stage: Literal["align", "distill"] = "align"
+    """The time mixes learn to answer as the attention did, everything else standing still; or the whole model learns
+    the teacher's distribution of every next token."""
+    distance: Literal["norm", "square"] = "norm"
+    """Of "align": the mean over tokens of the outputs' distance, or their mean square difference."""
+    divergence: Literal["forward", "adaptive"] = "forward"
+    """Of "distill": KL(teacher ‖ student); or a mixture with the reverse by where both differ (arXiv 2404.02657)."""
+    text_weight: float = 0.0
+    """Of "distill": weight of the cross-entropy of the text itself beside the divergence."""
+    freeze_mlp: bool = False
+    """Of "distill": whether the MLPs stay as the teacher's."""
+    top_k: int = 0
+    """Of "distill": learn from the teacher's likeliest tokens and the mass of the rest alone, computed before training
+    and kept on the disk, so that teacher and student never share the memory; 0 for the whole distribution."""
+    cache: str = ""
+    """Folder of what "top_k" keeps; where empty, one in `out`. Runs on the same data and teacher may share it."""
+    detach_v_first: bool = False
+    """Whether no gradient flows into the first time mix through its values, as in ARWKV's trainer."""
+    data: DataConfig = field(default_factory=lambda: DataConfig(tokenizer=""))
+    """No tokenizer: the teacher's own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.initial or self.overrides:
+            raise ValueError("distilling starts from `teacher` or `student`: leave out `initial` and `overrides`")
+        if self.top_k < 0 or self.text_weight < 0:
+            raise ValueError(f"top_k and text_weight must be 0 or more, got {self.top_k} and {self.text_weight}")
+        if self.top_k and (self.stage, self.divergence) != ("distill", "forward"):
+            raise ValueError("top_k keeps enough for the forward divergence only: stage=distill, divergence=forward")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SeriesConfig(TrainConfig):
     """One run of a forecaster. `data.path` is a CSV file, a row of the batch a window of all its channels."""
 
@@ -328,6 +389,13 @@ def overlay(config: Any, values: dict[str, Any], where: str = "") -> Any:
         else:
             changes[key] = _checked(where + key, old, value)
     return replace(config, **changes)
+
+
+def merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Nested values of both; `other` wins."""
+    both = {**one, **other}
+    nested = [key for key in one if isinstance(one[key], dict) and isinstance(other.get(key), dict)]
+    return both | {key: merged(one[key], other[key]) for key in nested}
 
 
 def _checked(name: str, old: Any, value: Any) -> Any:

@@ -29,7 +29,7 @@ from rookery.train.track import Console, Metrics, Silent
 
 MAY_CHANGE = {
     *("out", "steps", "save_every", "keep", "validate_every", "threads", "merge"),
-    *("accumulate", "recompute", "compile", "device", "bad_steps", "track", "context_parallel"),
+    *("accumulate", "recompute", "compile", "device", "bad_steps", "track", "context_parallel", "cache"),
 }
 """Settings that a resumed run may have other than the run it continues."""
 

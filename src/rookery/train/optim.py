@@ -74,6 +74,8 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
         rate = config.lr + (config.final_lr - config.lr) * progress
     elif config.schedule == "exponential":
         rate = config.lr * (config.final_lr / config.lr) ** progress
+    elif config.schedule == "quarter-cosine":
+        rate = config.final_lr + (config.lr - config.final_lr) * math.cos(math.pi * progress / 2)
     else:
         rate = config.final_lr + (config.lr - config.final_lr) * (1 + math.cos(math.pi * progress)) / 2
     return rate * warmup

@@ -55,9 +55,13 @@ class LanguageTask(Task):
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         if not config.data.path:
             raise ValueError("no text to train on: give data.path, for example --set data.path=book.txt")
-        learned, self.held_out = corpora(config.data, self.tokenizer)
+        self.read(config)
         self.model = self.trained = starting_model(config, self.tokenizer.vocab_size)
         freeze(self.model, config)
+
+    def read(self, config: TrainConfig) -> None:
+        """The data, in the tokens of `self.tokenizer`."""
+        learned, self.held_out = corpora(config.data, self.tokenizer)
         self.documents: PackedDocuments | None = None
         length, weights = config.data.sequence_length, _numbers(config.data.weights)
         if config.data.order != "documents":
