@@ -6,7 +6,7 @@ import torch
 
 from rookery.data.generated import UNLABELLED, row_generator, rows
 from rookery.data.passkey_text import NAMES, PasskeyText, filler, words
-from rookery.data.recall import Overwrite, Passkey, Recall
+from rookery.data.recall import Overwrite, Passkey, Recall, Stream
 from rookery.data.word_problems import WordProblem, elements, generators, index_of
 
 TASKS = [
@@ -16,6 +16,8 @@ TASKS = [
     Overwrite(),
     Passkey(),
     Passkey(depth=0.5, decoys=4),
+    Stream(),
+    Stream(length=64, pairs=5, noise=0.4),
     PasskeyText(),
     PasskeyText(depth=0.3, needles=4, digits=3),
     WordProblem(),
@@ -96,6 +98,28 @@ def test_the_passkey_stands_once_and_where_it_should(decoys):
         assert row[126:128] == [row[-1], wanted[-1]]
         assert row.count(row[-1]) == 2
         assert row.count(wanted[-1]) == 1
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_a_stream_asks_for_every_key_that_was_told(noise):
+    task = Stream(length=128, pairs=8, noise=noise)
+    tokens, labels = rows(task, seed=0, first=0, count=10)
+    for row, wanted in zip(tokens.tolist(), labels.tolist()):
+        book, noisy = {}, 0
+        keys = {row[i] for i in range(128) if wanted[i] != UNLABELLED}
+        for i in range(0, 128, 2):
+            noisy += row[i] not in keys
+            if wanted[i] != UNLABELLED:
+                assert book[row[i]] == row[i + 1] == wanted[i]
+            book.setdefault(row[i], row[i + 1])
+            assert wanted[i + 1] == UNLABELLED
+        assert len(keys) <= 8
+        assert (noisy > 10) == (noise > 0)
+
+
+def test_a_stream_needs_more_keys_than_pairs():
+    with pytest.raises(ValueError, match=r"length 9 must be even and pairs \(3\) 1 to 15"):
+        Stream(vocab_size=32, length=9, pairs=3)
 
 
 def test_the_text_holds_its_needle_and_asks_for_it():

@@ -334,3 +334,6 @@ def test_a_session_beyond_the_cache_goes_on_from_a_fork_and_from_a_file(tmp_path
     told = [list(s.stream(max_tokens=12, temperature=1.0, seed=4, ignore_eos=True)) for s in (story, branch, back)]
     assert told[0] == told[1] == told[2]
     assert story.tokens_seen == 62
+    prompts = ["a" * 40, "bc" * 9, "d"]  # rows of unequal length, decoded together
+    settings = {"max_tokens": 30, "temperature": 0.0, "ignore_eos": True}
+    assert llm.generate(prompts, **settings) == [llm.generate(prompt, **settings) for prompt in prompts]

@@ -160,3 +160,43 @@ class Passkey:
         labels = np.full(self.length, UNLABELLED)
         tokens[-1], labels[-1] = keys[0], values[0]
         return tokens, labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """Pairs drawn again and again: from its second time on, a key's value is asked for. Many answers a row."""
+
+    vocab_size: int = 512
+    length: int = 128
+    """Tokens of a row; even."""
+    pairs: int = 16
+    """Different ones."""
+    noise: float = 0.0
+    """Share of places where two random tokens stand in a pair's stead."""
+
+    def __post_init__(self) -> None:
+        if self.length % 2 or not 1 <= self.pairs < self.vocab_size // 2:
+            raise ValueError(
+                f"length {self.length} must be even and pairs ({self.pairs}) 1 to {self.vocab_size // 2 - 1}"
+            )
+
+    @property
+    def chance(self) -> float:
+        return 1 / (self.vocab_size - self.vocab_size // 2)
+
+    def row(self, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        half = self.vocab_size // 2
+        keys = 1 + generator.choice(half - 1, self.pairs, replace=False)
+        values = half + generator.choice(self.vocab_size - half, self.pairs, replace=False)
+        which = generator.integers(self.pairs, size=self.length // 2)
+        places = np.stack([keys[which], values[which]], axis=1)
+        noisy = generator.random(len(which)) < self.noise
+        others = np.setdiff1d(np.arange(self.vocab_size), [*keys, *values])
+        places[noisy] = generator.choice(others, (int(noisy.sum()), 2))
+        labels = np.full((len(which), 2), UNLABELLED)
+        told: set[int] = set()
+        for at in np.flatnonzero(~noisy):
+            if which[at] in told:
+                labels[at, 0] = values[which[at]]
+            told.add(which[at])
+        return places.ravel(), labels.ravel()
