@@ -84,18 +84,82 @@ Tensor packed_tensor(const Array& bytes, const nb::tuple& how) {
   return {matrix.data, matrix.format, {out, in}, matrix.order};
 }
 
+std::vector<float> floats_of(const nb::dict& from, const char* name) {
+  if (!from.contains(name)) return {};
+  const auto array = nb::cast<nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>>(from[name]);
+  return {array.data(), array.data() + array.size()};
+}
+
+std::vector<std::int32_t> numbers_of(const nb::dict& from, const char* name) {
+  const auto array = nb::cast<Numbers>(from[name]);
+  return {array.data(), array.data() + array.size()};
+}
+
+Sparsity sparsity_of(const nb::dict& layer, std::int64_t width, std::int64_t hidden) {
+  Sparsity guess;
+  const Config c{layer};
+  guess.rank = c.size("rank");
+  guess.least = c.number("least");
+  guess.kept = c.size("kept");
+  if (layer.contains("bits")) {
+    const auto bits = nb::cast<nb::ndarray<const std::uint8_t, nb::c_contig, nb::device::cpu>>(layer["bits"]);
+    guess.shadow = {bits.data(), c.size("planes"), hidden, width};
+    const auto size = static_cast<std::size_t>(guess.shadow.planes * hidden * guess.shadow.line());
+    if (guess.shadow.planes < 1 || bits.size() != size)
+      throw std::invalid_argument("the shadow of a channel mix has another size than its matrix");
+  }
+  guess.base = floats_of(layer, "base");
+  guess.step = floats_of(layer, "step");
+  const bool levels_fit = guess.base.empty() || guess.base.size() == static_cast<std::size_t>(hidden);
+  if (guess.kept < 0 || guess.kept > hidden || guess.base.size() != guess.step.size() || !levels_fit)
+    throw std::invalid_argument("what is said of a channel mix's sparsity does not fit its size");
+  return guess;
+}
+
+Clusters clusters_of(const nb::dict& from, std::int64_t vocab) {
+  Clusters clusters;
+  const Config c{from};
+  clusters.starts = numbers_of(from, "starts");
+  clusters.order = numbers_of(from, "order");
+  clusters.mass = c.number("mass");
+  clusters.fewest = c.size("fewest");
+  clusters.most = c.size("most");
+  const auto& starts = clusters.starts;
+  bool fits = starts.size() > 1 && starts.front() == 0 && starts.back() == vocab &&
+              clusters.order.size() == static_cast<std::size_t>(vocab) && clusters.most > 0;
+  for (std::size_t i = 1; fits && i < starts.size(); ++i) fits = starts[i] > starts[i - 1];
+  for (const std::int32_t token : clusters.order) fits = fits && token >= 0 && token < vocab;
+  if (!fits) throw std::invalid_argument("the clusters of the head do not fit the vocabulary");
+  return clusters;
+}
+
+Lite lite_of(const nb::dict& from, const Config& c) {
+  Lite lite;
+  if (from.size() == 0) return lite;
+  lite.embedding_rows = Config{from}.size("embedding_rows");
+  for (const auto& layer : nb::list(from["layers"]))
+    lite.layers.push_back(sparsity_of(nb::cast<nb::dict>(layer), c.size("hidden_size"), c.size("intermediate_size")));
+  if (!lite.layers.empty() && static_cast<std::int64_t>(lite.layers.size()) != c.size("num_hidden_layers"))
+    throw std::invalid_argument("the sparsity of another number of layers is described than the model has");
+  if (from.contains("clusters")) lite.clusters = clusters_of(nb::cast<nb::dict>(from["clusters"]), c.size("vocab_size"));
+  return lite;
+}
+
 // A model and the Python arrays that it reads from.
 struct Loaded {
   std::unique_ptr<Model> runtime;
   std::map<std::string, Array> kept;
+  nb::dict described;  // holds the arrays of a compressed model that are used where they lie
 
   Loaded(
       const std::string& family, const nb::dict& config, const std::map<std::string, Array>& arrays,
-      const std::string& isa, int threads, const nb::dict& packed) {
+      const std::string& isa, int threads, const nb::dict& packed, const nb::dict& lite)
+      : described(lite) {
     std::map<std::string, Tensor> tensors;
     for (const auto& [name, array] : arrays)
       tensors[name] = packed.contains(name.c_str()) ? packed_tensor(array, nb::tuple(packed[name.c_str()])) : tensor(array);
     Weights weights(std::move(tensors));
+    weights.lite = lite_of(lite, {config});
     runtime = make(family, {config}, weights, find_isa(isa), threads);
     for (const std::string& name : weights.borrowed()) kept.emplace(name, arrays.at(name));
   }
@@ -160,10 +224,12 @@ void bind_runtime(nb::module_& m) {
         "Reads an array (but for its last bytes) from memory, as fast as it can be: the exclusive or of its words.");
   nb::class_<Loaded>(m, "Model", "A model that runs on the CPU.")
       .def(nb::init<const std::string&, const nb::dict&, const std::map<std::string, Array>&, const std::string&, int,
-                    const nb::dict&>(),
+                    const nb::dict&, const nb::dict&>(),
            "family"_a, "config"_a, "tensors"_a, "isa"_a, "threads"_a, "packed"_a = nb::dict(),
+           "lite"_a = nb::dict(),
            "`tensors` under their official names, bfloat16 as uint16. `packed`: name -> (format, order, outputs, "
-           "inputs) of those that are the bytes of packed matrices.")
+           "inputs) of those that are the bytes of packed matrices. `lite`: how the model was compressed, if it was; see "
+           "rookery.engine.runners.lite.")
       .def_prop_ro("state_size", [](const Loaded& model) { return model.runtime->sizes.state(); },
                    "Numbers of one sequence's state.")
       .def_prop_ro("in_place",
@@ -178,6 +244,22 @@ void bind_runtime(nb::module_& m) {
                      return nb::make_tuple(model.runtime->ffn_reads.load(), model.runtime->ffn_columns.load());
                    },
                    "Columns of the channel mixes' second matrices read so far, and how many there were.")
+      .def_prop_ro("lite_counts",
+                   [](const Loaded& model) {
+                     const LiteCounts& counts = model.runtime->lite_counts;
+                     nb::dict read;
+                     read["units"] = counts.units.load();
+                     read["of_units"] = counts.of_units.load();
+                     read["head_rows"] = counts.rows.load();
+                     read["head_clusters"] = counts.clusters.load();
+                     read["heads"] = counts.heads.load();
+                     read["hits"] = counts.hits.load();
+                     read["misses"] = counts.misses.load();
+                     return read;
+                   },
+                   "What was read so far of a compressed model: hidden units of steps of few tokens, and how many there "
+                   "were; rows and clusters of the head, and how often it was computed; hits and misses of the "
+                   "embedding cache.")
       .def("watch", [](const Loaded& model, bool on) { model.runtime->times.on = on; }, "on"_a,
            "Begins or ends to add up where the time of calls goes.")
       .def_prop_ro("times",

@@ -68,7 +68,9 @@ struct Matrix {
   Format format = Format::float32;
   Order order = Order::rows;
   std::int64_t out = 0, in = 0;
+  std::int64_t stride = 0;  // numbers from one row or column to the next, where they do not follow each other; not packed
 
+  std::int64_t pitch() const { return stride ? stride : order == Order::rows ? in : out; }
   std::size_t bytes() const {
     if (is_packed(format)) return static_cast<std::size_t>(packing(format).bytes(order, out, in));
     return static_cast<std::size_t>(out * in) * bytes_of(format);

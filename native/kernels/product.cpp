@@ -41,7 +41,7 @@ struct Rows {
   const char* later;
 
   Rows(const Matrix& w, int64_t o, int64_t end) {
-    for (int i = 0; i < together; ++i) row[i] = weights<T>(w) + std::min(o + i, end - 1) * w.in;
+    for (int i = 0; i < together; ++i) row[i] = weights<T>(w) + std::min(o + i, end - 1) * w.pitch();
     // what the memory delivers in its latency, and at least these rows themselves
     const auto ahead = std::max<int64_t>(12 * 1024, together * w.in * static_cast<int64_t>(sizeof(T)));
     later = reinterpret_cast<const char*>(row[0]) + ahead;
@@ -56,10 +56,29 @@ struct Rows {
   }
 };
 
+// As `Rows`, of the outputs at places `o` … of a list. What is asked for are the rows of later places, because what lies
+// behind a row in memory may never be used.
+template <class T>
+struct ListedRows {
+  const T *row[together], *later[together];
+
+  ListedRows(const Matrix& w, const std::int32_t* list, int64_t o, int64_t end) {
+    for (int i = 0; i < together; ++i) {
+      row[i] = weights<T>(w) + list[std::min(o + i, end - 1)] * w.pitch();
+      later[i] = weights<T>(w) + list[std::min(o + 2 * together + i, end - 1)] * w.pitch();
+    }
+  }
+
+  void ask(int64_t k) const {
+#pragma GCC unroll 4
+    for (int i = 0; i < together; ++i) __builtin_prefetch(later[i] + k, 0, 2);
+  }
+};
+
 // total[m * together + i] = lane-wise sums of row i times token m, one row of x after the other `x_stride` apart.
-template <int tokens, class T>
-inline void dots(const Rows<T>& rows, const float* x, int64_t x_stride, int64_t in, vfloat* totals) {
-  constexpr int64_t step = line / sizeof(T);
+template <int tokens, class R>
+inline void dots(const R& rows, const float* x, int64_t x_stride, int64_t in, vfloat* totals) {
+  constexpr int64_t step = line / sizeof(*rows.row[0]);
   vfloat total[tokens * together] = {};
   const auto add = [&](int64_t k, auto part) {
     vfloat weight[together];
@@ -117,6 +136,32 @@ inline void tile_of_rows(
   vfloat totals[tokens * together];
   dots<tokens>(rows, p.x + t * p.x_stride, p.x_stride, w.in, totals);
   finish<tokens>(totals, p, t, o, outputs);
+}
+
+// The outputs at places `begin` … of p.outputs; their additions are those of all the others.
+template <int tokens, class T>
+inline void tile_of_list(const Matrix& w, const Product& p, int64_t t, int64_t o, int64_t end) {
+  const ListedRows<T> rows(w, p.outputs, o, end);
+  vfloat totals[tokens * together];
+  dots<tokens>(rows, p.x + t * p.x_stride, p.x_stride, w.in, totals);
+  float sums_of[tokens * together];
+  Product compact = p;  // side by side first, then to their places
+  compact.y = sums_of;
+  compact.y_stride = together;
+  compact.add = false;
+  finish<tokens>(totals, compact, 0, 0, together);
+  for (int m = 0; m < tokens; ++m)
+    for (int64_t i = 0; i < std::min<int64_t>(together, end - o); ++i)
+      p.y[(t + m) * p.y_stride + p.outputs[o + i]] = sums_of[m * together + i];
+}
+
+template <class T>
+void listed_by_rows(const Matrix& w, const Product& p, int64_t begin, int64_t end) {
+  for (int64_t o = begin; o < end; o += together) {
+    int64_t t = 0;
+    for (; t + tile_tokens <= p.tokens; t += tile_tokens) tile_of_list<tile_tokens, T>(w, p, t, o, end);
+    for (; t < p.tokens; ++t) tile_of_list<1, T>(w, p, t, o, end);
+  }
 }
 
 // Few tokens: the rows are widened for every tile anew.
@@ -190,7 +235,8 @@ void many_tokens_by_rows(const Matrix& w, const Product& p, int64_t begin, int64
 
 template <class T>
 void by_rows(const Matrix& w, const Product& p, int64_t begin, int64_t end) {
-  const auto run = p.tokens == 1            ? one_token_by_rows<T>
+  const auto run = p.outputs                ? listed_by_rows<T>
+                   : p.tokens == 1          ? one_token_by_rows<T>
                    : p.tokens <= few_tokens ? few_tokens_by_rows<T>
                                             : many_tokens_by_rows<T>;
   run(w, p, begin, end);
@@ -227,7 +273,7 @@ class Ahead {
   static constexpr int64_t step = line / static_cast<int64_t>(sizeof(T));
 
   Ahead(const Matrix& w, const Inputs& list, int64_t begin, int64_t count)
-      : first_(weights<T>(w) + begin), out_(w.out), list_(list), count_(count) {
+      : first_(weights<T>(w) + begin), out_(w.pitch()), list_(list), count_(count) {
     if (list.count == 0) return;
     column_ = list[0] * out_;
     const int64_t columns = std::max<int64_t>(16, 96 * step / std::max(step, count));
@@ -264,7 +310,7 @@ inline void add_columns(
     const Matrix& w, const Product& p, const Inputs& list, int64_t i, int64_t begin, int64_t count, float* sums,
     int64_t stride, Ahead<T>& ahead) {
   const T* column[n];
-  for (int m = 0; m < n; ++m) column[m] = weights<T>(w) + list[i + m] * w.out + begin;
+  for (int m = 0; m < n; ++m) column[m] = weights<T>(w) + list[i + m] * w.pitch() + begin;
   float x[few_tokens * n];
   for (int64_t t = 0; t < p.tokens; ++t)
     for (int m = 0; m < n; ++m) x[t * n + m] = p.x[t * p.x_stride + list[i + m]];
@@ -328,7 +374,7 @@ inline void narrow_tile(const Matrix& w, const Product& p, int64_t t, int64_t be
     const int64_t stop = std::min(w.in, k + part_inputs);
     vfloat sums[tokens * vectors] = {};
     for (; k < stop; ++k) {
-      const T* column = weights<T>(w) + k * w.out + begin;
+      const T* column = weights<T>(w) + k * w.pitch() + begin;
       vfloat weight[vectors];
 #pragma GCC unroll 8
       for (int n = 0; n < vectors; ++n) {
@@ -408,10 +454,10 @@ void many_tokens_by_columns(const Matrix& w, const Product& p, int64_t begin, in
     for (int64_t s = 0; s < strips; ++s) {
       for (int64_t k = next_count * s / strips; k < next_count * (s + 1) / strips; ++k)
         for (int64_t j = begin; j < end; j += line / static_cast<int64_t>(sizeof(T)))
-          __builtin_prefetch(weights<T>(w) + (next + k) * w.out + j, 0, 2);
+          __builtin_prefetch(weights<T>(w) + (next + k) * w.pitch() + j, 0, 2);
       const int64_t o = begin + s * width, outputs = std::min(width, end - o);
       for (int64_t k = 0; k < count; ++k) {
-        const T* column = weights<T>(w) + (i + k) * w.out + o;
+        const T* column = weights<T>(w) + (i + k) * w.pitch() + o;
         float* wide = panel + k * width;
         sweep(outputs, [&](int64_t j, auto part) { store(wide + j, load(column + j, part)); });
       }

@@ -51,6 +51,8 @@ struct Product {
   // Parts whose sums are wanted: those of part i go to y + i · part_stride. 0: all together.
   std::int64_t part_stride = 0;
   std::int64_t part_begin = 0, part_end = 0;
+  // Only for matrices of floats stored by rows: `begin` … `end` − 1 are places in this ascending list of outputs.
+  const std::int32_t* outputs = nullptr;
   // What is used in place of x where W is packed; groups are those of W.
   Integers integers{};
 };

@@ -9,7 +9,8 @@ namespace rookery {
 struct MatrixStateLayer {
   Norm norm, norm_heads;
   std::vector<float> bonus;  // [width]
-  Matrix receptance, key, value, gate, output;
+  Projection receptance, key, value, gate;
+  Matrix output;
 };
 
 class MatrixStatePass : public Pass {
@@ -22,11 +23,6 @@ class MatrixStatePass : public Pass {
 
   void place(Workspace& memory) override {
     for (float** x : {&r_, &k_, &v_, &gate_}) *x = memory.take(count_ * sizes_.width);
-  }
-
-  // The product of a matrix with mix number `mix` of the input.
-  Job job(const Matrix& matrix, std::int64_t mix, float* y, void (*then)(float*, std::int64_t) = nullptr) const {
-    return {&matrix, dense(mixed_ + mix * count_ * sizes_.width, sizes_.width, y, matrix.out), then};
   }
 
   // Moves all sequences' matrices of one head past their tokens and writes what is read from them into y_. `decay`

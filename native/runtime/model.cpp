@@ -1,5 +1,7 @@
 #include "runtime/model.hpp"
 
+#include <stdexcept>
+
 #include "core/threads.hpp"
 
 namespace rookery {
@@ -27,6 +29,15 @@ Matrix Reader::matrix(const std::string& name, int64_t out, int64_t in) const {
   return weights.borrow(at_ + name, Order::rows, out, in);
 }
 
+Projection Reader::projection(const std::string& name, int64_t out, int64_t in) {
+  const std::string stem = name.substr(0, name.rfind('.'));
+  const std::string first = at_ + stem + "1.weight", second = at_ + stem + "2.weight";
+  if (!weights.has(first)) return {matrix(name, out, in), {}};
+  const int64_t rank = weights.outputs(first, in);
+  weights.largest_rank = std::max(weights.largest_rank, rank);
+  return {weights.borrow(second, Order::rows, out, rank), weights.borrow(first, Order::rows, rank, in)};
+}
+
 Matrix Reader::by_columns(const std::string& name, int64_t out, int64_t in) const {
   return weights.turned(at_ + name, Order::rows, out, in);
 }
@@ -45,6 +56,10 @@ void Model::read_ends(Reader& reader) {
   norm_in_ = reader.norm("blocks.0.ln0");
   norm_out_ = reader.norm("ln_out");
   head_ = reader.matrix("head.weight", sizes.vocab, sizes.width);
+  const Lite& lite = reader.weights.lite;
+  clusters_ = lite.clusters;
+  if (clusters_.is_on()) clusters_.first = reader.matrix("head_l1.weight", clusters_.count(), sizes.width);
+  if (lite.embedding_rows > 0) cache_ = std::make_unique<EmbeddingCache>(embedding_, lite.embedding_rows);
 }
 
 void Model::read_channel_mix(
@@ -54,14 +69,40 @@ void Model::read_channel_mix(
   mix.norm = reader.norm("blocks." + std::to_string(layer) + ".ln2");
   reader.enter(layer, "ffn");
   mix.mix = reader.mixes(mixes, complement);
+  if (mixes.size() > 1) mix.receptance = reader.projection("receptance.weight", sizes.width, sizes.width);
+  const auto& lite = reader.weights.lite.layers;
+  if (!lite.empty()) mix.sparsity = lite.at(static_cast<std::size_t>(layer));
+  if (mix.sparsity.is_on()) {
+    read_neurons(reader, layer, mix);
+    return;
+  }
   mix.key = reader.matrix("key.weight", sizes.hidden, sizes.width);
   mix.value = reader.by_columns("value.weight", sizes.width, sizes.hidden);
-  if (mixes.size() > 1) mix.receptance = reader.matrix("receptance.weight", sizes.width, sizes.width);
+}
+
+void Model::read_neurons(Reader& reader, int64_t layer, ChannelMix& mix) {
+  const Matrix both = reader.weights.neurons(reader.at() + "neurons", sizes.hidden, sizes.width);
+  if (is_packed(both.format)) {
+    mix.key = mix.value = both;
+    mix.value_from = both.out - sizes.width;
+  } else {
+    const auto* half = static_cast<const std::byte*>(both.data) + static_cast<std::size_t>(sizes.width) * bytes_of(both.format);
+    mix.key = {both.data, both.format, Order::rows, sizes.hidden, sizes.width, 2 * sizes.width};
+    mix.value = {half, both.format, Order::columns, sizes.width, sizes.hidden, 2 * sizes.width};
+  }
+  Sparsity& guess = mix.sparsity;
+  if (guess.rank == 0) return;
+  reader.enter(layer, "mlp");
+  guess.first = reader.matrix("fc1.weight", guess.rank, sizes.width);
+  guess.second = reader.matrix("fc2.weight", sizes.hidden, guess.rank);
+  if (is_packed(guess.first.format) || is_packed(guess.second.format))
+    throw std::invalid_argument("the predictor of layer " + std::to_string(layer) + " is packed; it must be of floats");
 }
 
 void Model::finish(Weights& weights, int threads) {
   weights.fill(threads);
   copies_ = weights.copies();
+  largest_rank_ = weights.largest_rank;
 }
 
 void Model::forward(

@@ -44,7 +44,10 @@ struct LowRank {
 struct ChannelMix {
   Norm norm;
   std::vector<float> mix;  // [1 or 2, width], of key and receptance: the weight of the token before
-  Matrix key, value, receptance;
+  Matrix key, value;
+  Projection receptance;
+  Sparsity sparsity;
+  std::int64_t value_from = 0;  // outputs of `value` before the first of its own
 
   bool has_gate() const { return receptance.out > 0; }
 };
@@ -84,6 +87,8 @@ class Reader {
   // Vectors one after the other; `complement` takes 1 − x, for files that hold the weight of the token itself.
   std::vector<float> mixes(std::initializer_list<const char*> names, bool complement = false) const;
   Matrix matrix(const std::string& name, std::int64_t out, std::int64_t in) const;
+  // A matrix of the time mix or a receptance, which may be factored.
+  Projection projection(const std::string& name, std::int64_t out, std::int64_t in);
   // A matrix whose inputs are often zero: they can be skipped.
   Matrix by_columns(const std::string& name, std::int64_t out, std::int64_t in) const;
   // The factors of a low-rank map as files hold them, both [in, out]: bad for the first, whose rows are too short to
@@ -117,6 +122,7 @@ class Model {
   // Columns of the second matrices of channel mixes that were read (and those that there are), over all calls.
   mutable std::atomic<std::int64_t> ffn_reads{0}, ffn_columns{0};
   mutable Times times;
+  mutable LiteCounts lite_counts;
 
  protected:
   Model(const Sizes& given, Isa wanted) : sizes(given), isa(wanted) {}
@@ -131,11 +137,15 @@ class Model {
   virtual void run(const Call&, Workspace&) const = 0;
 
  private:
+  void read_neurons(Reader&, std::int64_t layer, ChannelMix&);
   friend class Pass;
 
   Norm norm_in_, norm_out_;
   Matrix embedding_, head_;
   std::vector<ChannelMix> channel_mixes_;
+  Clusters clusters_;
+  std::unique_ptr<EmbeddingCache> cache_;
+  std::int64_t largest_rank_ = 0;  // of factored projections
   std::vector<std::shared_ptr<std::byte[]>> copies_;
   mutable Workspaces workspaces_;
 };

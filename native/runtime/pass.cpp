@@ -38,9 +38,11 @@ void Pass::run(Workspace& memory) {
     hidden_ = memory.take(count_ * sizes_.hidden);
     partial_ = memory.take(sparse_ ? number_of_parts() * width : 0);
     active_ = reinterpret_cast<std::int32_t*>(memory.take(sizes_.hidden));
-    slot_ = integer_floats(count_, sizes_.width);
+    slot_ = integer_floats(count_, std::max(sizes_.width, model_.largest_rank_));
     integers_ = memory.take(mixes_ * slot_);
     hidden_integers_ = memory.take(integer_floats(count_, sizes_.hidden));
+    factors_ = memory.take(most_jobs * count_ * model_.largest_rank_);
+    take_for_guesses(memory);
     place(memory);
   });
   embed();
@@ -62,7 +64,11 @@ void Pass::embed() {
     for (int64_t t = range.begin; t < range.end; ++t) {
       float* x = x_ + t * sizes_.width;
       const int64_t token = tokens_[static_cast<std::size_t>(t)];
-      if (is_packed(embedding.format)) {
+      if (model_.cache_) {
+        auto* row = reinterpret_cast<std::byte*>(normed_ + t * sizes_.width);  // large enough for any format
+        model_.cache_->read(token, row, model_.lite_counts);
+        elementwise_.widen[static_cast<int>(embedding.format)](row, x, sizes_.width);
+      } else if (is_packed(embedding.format)) {
         product_.row(embedding, token, x);
       } else {
         const auto at = static_cast<std::size_t>(token * sizes_.width) * bytes_of(embedding.format);
@@ -102,7 +108,24 @@ Product Pass::prepared(const Matrix& matrix, Product product, int64_t slot) cons
 }
 
 void Pass::side_by_side(std::span<const Job> jobs) const {
-  std::array<Product, 8> products;  // as many as any family has jobs, and more
+  std::array<Job, most_jobs> now, then;
+  std::size_t late = 0;
+  for (std::size_t i = 0; i < jobs.size(); ++i) {
+    now.at(i) = jobs[i];
+    if (!jobs[i].first) continue;
+    const int64_t rank = jobs[i].first->out;
+    float* low = factors_ + static_cast<int64_t>(late) * count_ * model_.largest_rank_;
+    then.at(late) = {jobs[i].matrix, dense(low, rank, jobs[i].product.y, jobs[i].product.y_stride), jobs[i].then};
+    now[i] = {jobs[i].first, dense(jobs[i].product.x, jobs[i].product.x_stride, low, rank), nullptr};
+    ++late;
+  }
+  at_once(std::span(now).first(jobs.size()));
+  if (late) at_once(std::span(then).first(late));
+  watch_.mark(StepPart::projections);
+}
+
+void Pass::at_once(std::span<const Job> jobs) const {
+  std::array<Product, most_jobs> products;
   int64_t total = 0, slot = 0;
   for (std::size_t i = 0; i < jobs.size(); ++i) {
     total += jobs[i].matrix->out;
@@ -122,7 +145,6 @@ void Pass::side_by_side(std::span<const Job> jobs) const {
           job.then(job.product.y + t * job.product.y_stride + part.begin, part.end - part.begin);
     }
   });
-  watch_.mark(StepPart::projections);
 }
 
 void Pass::second_factor(const LowRank& map, int64_t number, const float* low, float* y) const {
@@ -148,13 +170,24 @@ void Pass::channel_mix(std::size_t i) {
   const int64_t width = sizes_.width, hidden = sizes_.hidden;
   shift(i, mix.norm, mix.mix, sizes_.layer_state() - width);
   const int64_t unit = sparse_ ? part_inputs : 16, units = (hidden + unit - 1) / unit * unit;
-  const Product key = prepared(mix.key, dense(mixed_, width, hidden_, hidden));
-  const Product gate = prepared(mix.receptance, dense(mixed_ + count_ * width, width, gate_, width), 1);
+  const bool guesses = mix.sparsity.is_on();
+  if (guesses) guess_units(mix);
+  Product gate = dense(mixed_ + count_ * width, width, gate_, width);
+  if (const Matrix& first = mix.receptance.first; first.out > 0) {
+    const Job job{&first, dense(gate.x, width, factors_, first.out), nullptr};
+    at_once({&job, 1});
+    gate = dense(factors_, first.out, gate_, width);
+  }
+  gate = prepared(mix.receptance, gate, 1);
+  const Product key = guesses ? Product{} : prepared(mix.key, dense(mixed_, width, hidden_, hidden));
   shared_out(units + mix.receptance.out, unit, mix.key.bytes_of_output(), [&](Range range) {
     const Range of_hidden{range.begin, std::min(range.end, hidden)};
     const Range of_gate{std::max(range.begin, units) - units, range.end - units};
     if (!of_hidden.empty()) {
-      hidden_units(mix, key, of_hidden);
+      if (guesses)
+        guessed_units(mix, of_hidden);
+      else
+        hidden_units(mix, key, of_hidden);
       if (sparse_) hidden_columns(mix, of_hidden);
     }
     if (!of_gate.empty()) multiply(mix.receptance, gate, of_gate);
@@ -183,7 +216,7 @@ void Pass::hidden_units(const ChannelMix& mix, const Product& key, Range range) 
 // columns, because shorter pieces with gaps between them are read at half the speed.
 void Pass::hidden_columns(const ChannelMix& mix, Range units) {
   const int64_t width = sizes_.width;
-  Product product = dense(hidden_, sizes_.hidden, partial_, width);
+  Product product = dense(hidden_, sizes_.hidden, partial_ - mix.value_from, width);
   product.active = active_ + units.begin;
   if (is_packed(mix.value.format)) {
     const Integers integers = hidden_integers(mix.value);
@@ -199,7 +232,7 @@ void Pass::hidden_columns(const ChannelMix& mix, Range units) {
   product.part_stride = count_ * width;
   product.part_begin = units.begin / part_inputs;
   product.part_end = (units.end + part_inputs - 1) / part_inputs;
-  multiply(mix.value, product, {0, width});
+  multiply(mix.value, product, {mix.value_from, mix.value_from + width});
   model_.ffn_reads.fetch_add(product.active_count, std::memory_order_relaxed);
   model_.ffn_columns.fetch_add(units.end - units.begin, std::memory_order_relaxed);
 }
@@ -213,11 +246,11 @@ void Pass::add_hidden_columns(const ChannelMix& mix, float* y) {
         elementwise_.add_parts(y + t * width, partial_ + t * width, number_of_parts(), count_ * width, width);
     });
   else
-    multiply_hidden(mix.value, y);
+    multiply_hidden(mix.value, mix.value_from, y);
 }
 
-void Pass::multiply_hidden(const Matrix& value, float* y) {
-  Product product = dense(hidden_, sizes_.hidden, y, sizes_.width, true);
+void Pass::multiply_hidden(const Matrix& value, int64_t from, float* y) {
+  Product product = dense(hidden_, sizes_.hidden, y - from, sizes_.width, true);
   if (is_packed(value.format)) {
     product.integers = hidden_integers(value);
     by_tokens([&](Range range) {
@@ -225,7 +258,7 @@ void Pass::multiply_hidden(const Matrix& value, float* y) {
     });
   }
   shared_out(sizes_.width, unit_of(value), value.bytes_of_output(), [&](Range range) {
-    multiply(value, product, range);
+    multiply(value, product, {from + range.begin, from + range.end});
   });
 }
 
@@ -233,24 +266,15 @@ Integers Pass::hidden_integers(const Matrix& value) const {
   return Integers(hidden_integers_, count_, value.in, packing(value.format).group);
 }
 
-// Hidden units of `range` that are not zero for every token.
-template <class Is>
-int64_t Pass::find_active(std::int32_t* list, Range range, Is&& is_not_zero) const {
-  int64_t found = 0;
-  for (int64_t j = range.begin; j < range.end; ++j) {
-    bool is_active = false;
-    for (int64_t t = 0; t < count_; ++t) is_active |= is_not_zero(t, j);
-    list[found] = static_cast<std::int32_t>(j);
-    found += is_active;
-  }
-  return found;
-}
-
 void Pass::head() {
   const int64_t width = sizes_.width, wanted = static_cast<int64_t>(wanted_.size());
   if (wanted == 0) return;
   for (int64_t i = 0; i < wanted; ++i)
     norm(model_.norm_out_, x_ + (wanted_[static_cast<std::size_t>(i)] - first_) * width, y_ + i * width);
+  if (model_.clusters_.is_on()) {
+    for (int64_t i = 0; i < wanted; ++i) head_by_clusters(i);
+    return;
+  }
   Product product = dense(y_, width, logits_, sizes_.vocab);
   product.tokens = wanted;
   product = prepared(model_.head_, product);

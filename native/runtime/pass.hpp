@@ -10,6 +10,7 @@
 #include "kernels/elementwise.hpp"
 #include "kernels/product.hpp"
 #include "kernels/relu_squared.hpp"
+#include "kernels/shadow.hpp"
 #include "kernels/token_shift.hpp"
 #include "runtime/model.hpp"
 
@@ -25,6 +26,7 @@ struct Job {
   const Matrix* matrix;
   Product product;
   void (*then)(float* x, std::int64_t count);
+  const Matrix* first = nullptr;  // where the matrix has two factors: the one that is applied before `matrix`
 };
 
 class Pass {
@@ -93,8 +95,19 @@ class Pass {
   // it is used again. Does nothing for other matrices.
   Product prepared(const Matrix& matrix, Product product, std::int64_t slot = 0) const;
 
-  // The jobs' outputs are numbered one after the other and shared out: all have the same number of inputs.
+  // The product of a matrix with mix number `mix` of the input.
+  Job job(const Matrix& matrix, std::int64_t mix, float* y, void (*then)(float*, std::int64_t) = nullptr) const {
+    return {&matrix, dense(mixed_ + mix * count_ * sizes_.width, sizes_.width, y, matrix.out), then};
+  }
+  Job job(const Projection& projection, std::int64_t mix, float* y) const {
+    Job made = job(static_cast<const Matrix&>(projection), mix, y);
+    if (projection.first.out > 0) made.first = &projection.first;
+    return made;
+  }
+  // All of them; those of factored matrices in two steps.
   void side_by_side(std::span<const Job> jobs) const;
+  // The jobs' outputs are numbered one after the other and shared out: all have the same number of inputs.
+  void at_once(std::span<const Job> jobs) const;
   // Block `block` of a low-rank map's second factor, applied to low [tokens, rank]: its part of y [tokens, width].
   void second_factor(const LowRank& map, std::int64_t block, const float* low, float* y) const;
   // Adds matrix · y_ to the residual stream.
@@ -105,6 +118,7 @@ class Pass {
   // Weights of one task at least, so that taking it costs little beside reading them.
   static constexpr std::int64_t task_bytes = 32 * 1024;
   static constexpr int tasks_a_thread = 8;
+  static constexpr int most_jobs = 8;  // as many as any family has, and more
 
   const Model& model_;
   const Sizes& sizes_;
@@ -112,6 +126,7 @@ class Pass {
   const ElementwiseKernels& elementwise_ = elementwise_kernels(model_.isa);
   const TokenShiftKernels& token_shift_ = token_shift_kernels(model_.isa);
   const ReluSquaredKernels& relu_squared_ = relu_squared_kernels(model_.isa);
+  const ShadowKernels& shadow_ = shadow_kernels(model_.isa);
 
   std::span<const std::int32_t> tokens_;
   std::span<const Segment> segments_;
@@ -128,12 +143,28 @@ class Pass {
   void channel_mix(std::size_t layer);
   void hidden_units(const ChannelMix& mix, const Product& key, Range range);
   void hidden_columns(const ChannelMix& mix, Range range);
+  void guess_units(const ChannelMix& mix);
+  void choose_largest(const Sparsity& guess, std::int64_t token) const;
+  void guessed_units(const ChannelMix& mix, Range range);
+  void unpacked_units(const ChannelMix& mix, const std::int32_t* list, std::int64_t count);
   void add_hidden_columns(const ChannelMix& mix, float* y);
-  void multiply_hidden(const Matrix& value, float* y);
+  void multiply_hidden(const Matrix& value, std::int64_t from, float* y);
   void head();
+  void head_by_clusters(std::int64_t row);
+  void take_for_guesses(Workspace& memory);
   Integers hidden_integers(const Matrix& value) const;
+  // Hidden units of `range` that some token needs.
   template <class Is>
-  std::int64_t find_active(std::int32_t* list, Range range, Is&& is_not_zero) const;
+  std::int64_t find_active(std::int32_t* list, Range range, Is&& is_needed) const {
+    std::int64_t found = 0;
+    for (std::int64_t j = range.begin; j < range.end; ++j) {
+      bool is_active = false;
+      for (std::int64_t t = 0; t < count_; ++t) is_active |= is_needed(t, j);
+      list[found] = static_cast<std::int32_t>(j);
+      found += is_active;
+    }
+    return found;
+  }
   std::int64_t number_of_parts() const { return (sizes_.hidden + part_inputs - 1) / part_inputs; }
 
   std::span<const std::int32_t> wanted_;
@@ -147,6 +178,10 @@ class Pass {
   std::int64_t slot_;                   // floats of one of them
   mutable Watch watch_{model_.times};
   std::int32_t* active_;              // [hidden]
+  float* factors_;                    // [jobs, tokens, rank], between the factors of projections
+  float *low_guess_, *scores_, *padded_;  // [tokens, rank], [tokens, hidden], [tokens, width filled up]: of guesses
+  std::uint8_t* is_guessed_;          // [tokens, hidden]
+  float *guessed_clusters_, *sorted_logits_;  // [clusters]; [vocab], in the order of clusters
 };
 
 }  // namespace rookery

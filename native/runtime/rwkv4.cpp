@@ -36,9 +36,9 @@ void Rwkv4::read_time_mix(Reader& reader, int64_t i) {
   layer.log_w = reader.vector("time_decay");
   for (float& w : layer.log_w) w = -std::exp(w);
   layer.bonus = reader.vector("time_first");
-  layer.receptance = reader.matrix("receptance.weight", width, width);
-  layer.key = reader.matrix("key.weight", width, width);
-  layer.value = reader.matrix("value.weight", width, width);
+  layer.receptance = reader.projection("receptance.weight", width, width);
+  layer.key = reader.projection("key.weight", width, width);
+  layer.value = reader.projection("value.weight", width, width);
   layer.output = reader.matrix("output.weight", width, width);
 }
 
@@ -61,9 +61,6 @@ class Rwkv4Pass final : public Pass {
     const Rwkv4Layer& layer = layers_[i];
     const int64_t width = sizes_.width;
     shift(i, layer.norm, layer.mix, 0);
-    const auto job = [&](const Matrix& matrix, Mix mix, float* y) {
-      return Job{&matrix, dense(mixed_ + mix * count_ * width, width, y, width), nullptr};
-    };
     const std::array jobs{job(layer.receptance, of_r, r_), job(layer.key, of_k, k_), job(layer.value, of_v, v_)};
     side_by_side(jobs);
     // as many channels at a time as a head of the later families has

@@ -9,7 +9,8 @@ struct Rwkv4Layer {
   Norm norm;
   std::vector<float> mix;           // [3, width]: k v r
   std::vector<float> log_w, bonus;  // [width]
-  Matrix receptance, key, value, output;
+  Projection receptance, key, value;
+  Matrix output;
 };
 
 // The recurrent state of a block is [3, width]: the two sums and their exponent.

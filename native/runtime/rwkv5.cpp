@@ -32,10 +32,10 @@ void Rwkv5::read_time_mix(Reader& reader, int64_t i) {
   reader.enter(i, "att");
   layer.mix = own_.has_gate ? reader.mixes({"time_mix_k", "time_mix_v", "time_mix_r", "time_mix_g"}, true)
                             : reader.mixes({"time_mix_k", "time_mix_v", "time_mix_r"}, true);
-  layer.receptance = reader.matrix("receptance.weight", width, width);
-  layer.key = reader.matrix("key.weight", width, width);
-  layer.value = reader.matrix("value.weight", width, width);
-  if (own_.has_gate) layer.gate = reader.matrix("gate.weight", width, width);
+  layer.receptance = reader.projection("receptance.weight", width, width);
+  layer.key = reader.projection("key.weight", width, width);
+  layer.value = reader.projection("value.weight", width, width);
+  if (own_.has_gate) layer.gate = reader.projection("gate.weight", width, width);
   layer.output = reader.matrix("output.weight", width, width);
   layer.norm_heads = reader.norm("ln_x");
   const auto per_channel = [&](const char* name, auto&& function) {

@@ -50,12 +50,12 @@ void Rwkv6::read_time_mix(Reader& reader, int64_t i) {
   layer.decay = {reader.vector("time_decay"), reader.first_factor("time_decay_w1", own_.decay_rank),
                  reader.second_factor("time_decay_w2", own_.decay_rank, own_.head_dim)};
   layer.bonus = reader.vector("time_faaaa");
-  layer.receptance = reader.matrix("receptance.weight", width, width);
-  layer.key = reader.matrix("key.weight", width, width);
-  layer.value = reader.matrix("value.weight", width, width);
+  layer.receptance = reader.projection("receptance.weight", width, width);
+  layer.key = reader.projection("key.weight", width, width);
+  layer.value = reader.projection("value.weight", width, width);
   layer.output = reader.matrix("output.weight", width, width);
   layer.norm_heads = reader.norm("ln_x");
-  if (own_.variant == 0) layer.gate = reader.matrix("gate.weight", width, width);
+  if (own_.variant == 0) layer.gate = reader.projection("gate.weight", width, width);
   if (own_.variant == 'a') {
     layer.low_gate.first = reader.first_factor("gate_w1", own_.gate_rank);
     layer.low_gate.second = reader.second_factor("gate_w2", own_.gate_rank, own_.head_dim);

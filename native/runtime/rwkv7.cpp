@@ -41,9 +41,9 @@ void Rwkv7::read_time_mix(Reader& reader, int64_t i) {
                    reader.second_factor(name + "2", rank, own_.head_dim)};
   };
   layer.mix = reader.mixes({"x_r", "x_w", "x_k", "x_v", "x_a", "x_g"});
-  layer.receptance = reader.matrix("receptance.weight", width, width);
-  layer.key = reader.matrix("key.weight", width, width);
-  layer.value = reader.matrix("value.weight", width, width);
+  layer.receptance = reader.projection("receptance.weight", width, width);
+  layer.key = reader.projection("key.weight", width, width);
+  layer.value = reader.projection("value.weight", width, width);
   layer.output = reader.matrix("output.weight", width, width);
   layer.decay = low_rank("w", own_.decay_rank, true);
   layer.rate = low_rank("a", own_.rate_rank, true);
@@ -74,25 +74,21 @@ class Rwkv7Pass final : public Pass {
 
   void time_mix(std::size_t i) override {
     const Rwkv7Layer& layer = model7_.layers_[i];
-    const int64_t width = sizes_.width;
     shift(i, layer.norm, layer.mix, 0);
 
     float* low = low_;
     std::array<float*, 4> hidden{};
     std::array<Job, 7> jobs;
     std::size_t used = 0;
-    const auto job = [&](const Matrix& matrix, Mix mix, float* y, void (*then)(float*, int64_t)) {
-      jobs[used++] = {&matrix, dense(mixed_ + mix * count_ * width, width, y, matrix.out), then};
-    };
     const auto low_rank = [&](const LowRank& map, Mix mix, void (*then)(float*, int64_t)) {
       float* y = low;
       low += count_ * map.first.out;
-      job(map.first, mix, y, then);
+      jobs[used++] = job(map.first, mix, y, then);
       return y;
     };
-    job(layer.receptance, of_r, r_, nullptr);
-    job(layer.key, of_k, k_, nullptr);
-    job(layer.value, of_v, v_, nullptr);
+    jobs[used++] = job(layer.receptance, of_r, r_);
+    jobs[used++] = job(layer.key, of_k, k_);
+    jobs[used++] = job(layer.value, of_v, v_);
     hidden[0] = low_rank(layer.decay, of_w, elementwise_.hyperbolic_tangent);
     hidden[1] = low_rank(layer.rate, of_a, nullptr);
     hidden[2] = low_rank(layer.gate, of_g, elementwise_.logistic);

@@ -14,7 +14,8 @@ struct Rwkv7Sizes {
 struct Rwkv7Layer {
   Norm norm, norm_heads;
   std::vector<float> mix;  // [6, width]: r w k v a g
-  Matrix receptance, key, value, output;
+  Projection receptance, key, value;
+  Matrix output;
   LowRank decay, rate, residual, gate;  // no `residual` in the first layer
   std::vector<float> k_k, k_a, r_k;
 };

@@ -82,6 +82,23 @@ Matrix Weights::borrow(const std::string& name, Order order, std::int64_t out, s
   return {tensor.data, tensor.format, order, out, in};
 }
 
+std::int64_t Weights::outputs(const std::string& name, std::int64_t in) const {
+  const auto found = tensors_.find(name);
+  if (found == tensors_.end()) throw std::invalid_argument("tensor '" + name + "' is missing");
+  const auto& shape = found->second.shape;
+  if (shape.size() != 2 || shape[1] != in)
+    throw std::invalid_argument("tensor '" + name + "' is no matrix of " + std::to_string(in) + " inputs");
+  return shape[0];
+}
+
+Matrix Weights::neurons(const std::string& name, std::int64_t hidden, std::int64_t width) {
+  const auto found = tensors_.find(name);
+  if (found == tensors_.end() || !is_packed(found->second.format)) return borrow(name, Order::rows, hidden, 2 * width);
+  if (found->second.format != Format::int8) throw std::invalid_argument("tensor '" + name + "' is not packed as int8");
+  const std::int64_t line = Packing::line, unit = (width + line - 1) / line * line;
+  return borrow(name, Order::columns, unit + width, hidden);
+}
+
 Matrix Weights::turned(const std::string& name, Order stored, std::int64_t out, std::int64_t in) {
   const Tensor& tensor = find(name, out * in);
   const Order wanted = stored == Order::rows ? Order::columns : Order::rows;

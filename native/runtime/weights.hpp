@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/matrix.hpp"
+#include "runtime/lite.hpp"
 
 namespace rookery {
 
@@ -20,8 +21,18 @@ struct Tensor {
   Order order = Order::rows;  // of a packed matrix
 };
 
+// A matrix, or two factors of one: `first` is applied before it.
+struct Projection : Matrix {
+  Matrix first;
+};
+
 class Weights {
  public:
+  // How the model was compressed, if it was.
+  Lite lite;
+  // The largest rank of a factored projection.
+  std::int64_t largest_rank = 0;
+
   explicit Weights(std::map<std::string, Tensor> tensors) : tensors_(std::move(tensors)) {}
 
   // All throw std::invalid_argument where the tensor is missing or has another size.
@@ -29,6 +40,12 @@ class Weights {
   std::vector<float> vector(const std::string& name, std::int64_t count) const;
   // The tensor itself: the caller's memory must outlive the matrix.
   Matrix borrow(const std::string& name, Order order, std::int64_t out, std::int64_t in);
+  bool has(const std::string& name) const { return tensors_.contains(name); }
+  // Outputs of the tensor as a matrix of `in` inputs.
+  std::int64_t outputs(const std::string& name, std::int64_t in) const;
+  // Key rows and value columns of hidden units side by side: [hidden, 2 width], or packed by columns, [unit + width,
+  // hidden], `unit` being the width filled up to whole lines.
+  Matrix neurons(const std::string& name, std::int64_t hidden, std::int64_t width);
   // A copy in the other order than `stored`, which is that of the tensor. Call `fill` before use. Packed matrices are
   // borrowed: they lie in the order that is needed already.
   Matrix turned(const std::string& name, Order stored, std::int64_t out, std::int64_t in);

@@ -132,7 +132,7 @@ def adapted(
     metadata = {**checkpoint.metadata, "fingerprint": _fingerprint(checkpoint, adapter)}
     kept = {**checkpoint.kept, **states}
     log.info("%s: %d weights changed by %s", checkpoint.path, len(changed), adapter.path)
-    return replace(checkpoint, tensors=official, metadata=metadata, kept=kept, unused=tuple(kept))
+    return replace(checkpoint, tensors=official, metadata=metadata, kept=kept, unused=tuple(kept), lite={})
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -52,6 +52,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
     """Tensors that the file carries and the model does not use."""
     kept: Mapping[str, Stored] = field(default_factory=dict)
     """These tensors themselves, for whoever writes the model again."""
+    lite: Mapping[str, Stored] = field(default_factory=dict)
+    """The tensors of a compressed model as the file has them (see `lite`); the others are the plain model's."""
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.tensors[name].read()
@@ -166,7 +168,9 @@ def _understood(source: Source, where: str) -> Checkpoint:
     config = _config(family, source, used, layout)
     fitted = _fitted(family, config, used)
     kept |= {name: tensor for name, tensor in used.items() if name not in fitted}
-    return Checkpoint(where, source.format, layout, family, config, source.metadata, fitted, tuple(kept), kept)
+    return Checkpoint(
+        where, source.format, layout, family, config, source.metadata, fitted, tuple(kept), kept, source.lite
+    )
 
 
 def _named_officially(source: Source) -> tuple[str, dict[str, Stored], Family]:

@@ -28,7 +28,7 @@ PACKED = ("q8_0", "q4_0")
 QUANTISED = pack.FORMATS
 """Further types, for official names alone."""
 _GENERAL = ("architecture", "file_type", "alignment", "quantization_version")
-OF_THE_FILE = {"version", "packed", "tokenizer", *(f"general.{key}" for key in _GENERAL)}
+OF_THE_FILE = {"version", "packed", "lite", "tokenizer", *(f"general.{key}" for key in _GENERAL)}
 """Metadata that say how the source is written, not what it is."""
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all, counted as in the source."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def read_folder(path: str | os.PathLike[str]) -> Source:
             break
     else:
         source = read_file(_only_file(folder))
-    return Source(source.format, source.tensors, source.metadata, hints)
+    return replace(source, hints=hints)
 
 
 def _only_file(folder: Path) -> Path:

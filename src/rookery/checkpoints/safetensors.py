@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from rookery.checkpoints.atomic import replacing
+from rookery.checkpoints.lite import plain as plain_model
 from rookery.checkpoints.pack import described
 from rookery.checkpoints.source import BFLOAT16, Source, Stored, check_shape, map_file, plain, short, write_values
 from rookery.errors import BadCheckpoint
@@ -65,7 +66,9 @@ def read_safetensors(path: str | os.PathLike[str]) -> Source:
         raise BadCheckpoint(f"{where!r} is damaged: its metadata are not text")
     body = data[8 + length :]
     tensors = {name: _tensor(body, name, entry, where) for name, entry in header.items()}
-    return Source("safetensors", described(tensors, metadata, where), metadata)
+    stated = described(tensors, metadata, where)
+    lite = stated if "lite" in metadata else {}
+    return Source("safetensors", plain_model(stated, metadata, where), metadata, lite=lite)
 
 
 def _tensor(body: np.ndarray, name: str, entry: Any, where: str) -> Stored:

@@ -60,6 +60,8 @@ class Source:
     """What the file says about itself."""
     hints: Mapping[str, object] = field(default_factory=dict)
     """Settings from a config.json beside the file; believed only where the tensors agree."""
+    lite: Mapping[str, Stored] = field(default_factory=dict)
+    """The tensors of a compressed model as the file has them; see `rookery.checkpoints.lite`."""
 
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

@@ -12,8 +12,9 @@ import numpy as np
 
 from rookery.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from rookery.checkpoints.pack import FORMATS, for_runtime, plan
+from rookery.engine.runners.lite import Reads, file_tensors, guessing
 from rookery.engine.runners.protocol import Wanted, asked, check_rows, select
-from rookery.errors import BackendUnavailable, BadState, UnknownName
+from rookery.errors import BackendUnavailable, BadCheckpoint, BadState, UnknownName
 from rookery.families.base import Recurrent
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -109,14 +110,36 @@ class NativeRunner:
         self.family = checkpoint.family.name
         self.config: Any = checkpoint.config
         self._fingerprint = checkpoint.fingerprint
+        self.lite = bool(checkpoint.lite)
+        """Whether the model is a compressed one (RWKV-Lite)."""
+        if self.lite and quantize is not None:
+            raise BadCheckpoint(
+                f"{checkpoint.path!r} is compressed and cannot be quantised on the way; compress the original with int8"
+            )
         tensors, packed = _tensors(checkpoint, DTYPES[dtype] if dtype else None, quantize)
+        lite = guessing(checkpoint) if self.lite else {}
         self.formats = {name: packed[name][0] if name in packed else _name(tensor) for name, tensor in tensors.items()}
         """Official tensor name -> format of its weights."""
         self.nbytes = {name: tensor.nbytes for name, tensor in tensors.items()}
         """Official tensor name -> bytes of its weights."""
         small = sum(self.nbytes.values()) < SMALL
         self.threads = threads or (1 if small else _native.available_cores())
-        self._model = _native.Model(self.family, asdict(self.config), tensors, isa or "", self.threads, packed)
+        try:
+            self._model = _native.Model(
+                self.family, asdict(self.config), tensors, isa or "", self.threads, packed, lite
+            )
+        except ValueError as wrong:
+            if not self.lite:
+                raise
+            raise BadCheckpoint(f"{checkpoint.path!r}: {wrong}; compress the original again") from None
+
+    def read_counts(self) -> dict[str, int]:
+        """What the runtime read of a compressed model so far; two of these make `Reads`."""
+        return self._model.lite_counts
+
+    def reads_since(self, before: Mapping[str, int]) -> Reads:
+        """What was read since `read_counts` gave `before`."""
+        return Reads.between(before, self.read_counts(), self.config.vocab_size)
 
     @property
     def isa(self) -> str:
@@ -238,9 +261,10 @@ def _tensors(
 ) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, str, int, int]]]:
     """All tensors as the runtime takes them, and how those of them lie that are packed."""
     wanted = plan(checkpoint, quantize) if quantize else {}
+    stored = file_tensors(checkpoint) if checkpoint.lite else checkpoint.tensors
     tensors: dict[str, np.ndarray] = {}
     packed: dict[str, tuple[str, str, int, int]] = {}
-    for name, tensor in checkpoint.tensors.items():
+    for name, tensor in stored.items():
         if dtype is None and (matrix := for_runtime(name, tensor, wanted.get(name))):
             tensors[name], packed[name] = matrix[0], (*matrix[1:], *tensor.shape)
         else:
