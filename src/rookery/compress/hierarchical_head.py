@@ -75,7 +75,7 @@ def cluster(
         if torch.equal(nearest, labels):
             break
         labels = nearest
-        counts = torch.bincount(labels, minlength=clusters)
+        counts = torch.bincount(labels, minlength=len(centres))
         sums = torch.zeros_like(centres).index_add_(0, labels, points)
         centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centres)
     if largest:

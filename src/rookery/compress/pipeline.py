@@ -39,7 +39,7 @@ class Settings:
     threshold: float = 0.7
     """A unit is used if its predicted probability is above this."""
     shadow_bits: int = 1
-    """Bits of a number in the shadows of key matrices, 1, 2 or 4; 0: none. With no predictor either, nothing is sparse."""
+    """Bits of a number in the shadows of key matrices, 1, 2 or 4; 0: none, and without predictors nothing is sparse."""
     shadow_quantile: float = 0.95
     """Share of the units that a shadow does not choose."""
     shadow_levels: str = "minmax"
@@ -55,6 +55,10 @@ class Settings:
     embedding_rows: int = 1000
     """Rows of the embedding that are kept in memory; 0: no cache."""
     int8: bool = False
+    epochs: int = 100
+    """Times that predictors see all that they learn from."""
+    head_steps: int = 300
+    """Steps of training the head's first level."""
     samples: int = 20_000
     """Tokens that predictors and the head's first level learn from."""
     seed: int = 0
@@ -120,7 +124,7 @@ def _beside(checkpoint: Checkpoint, out: Path, metadata: dict[str, str]) -> dict
 
 def checked(settings: Settings, layers: int) -> Manifest:
     """The manifest that the settings ask for, all layers sparse; ValueError where a number is out of its range."""
-    for name in ("low_rank", "train_steps", "clusters", "samples"):
+    for name in ("low_rank", "train_steps", "epochs", "head_steps", "clusters", "samples"):
         if getattr(settings, name) < 0:
             raise ValueError(f"{name}={getattr(settings, name)} must be 0 or more")
     if not 0 <= settings.least_zeros <= 1:
@@ -195,7 +199,7 @@ def _head(made: Compressed, settings: Settings, rows: Tensor, say: Say) -> None:
     labels = heads.cluster(model.emb.weight, settings.clusters, seed=settings.seed)
     with torch.no_grad():
         features = torch.cat([model.features(some, None, None)[0].flatten(0, 1) for some in rows.split(8)])
-    first = heads.train_first(model.head, labels, features, seed=settings.seed)
+    first = heads.train_first(model.head, labels, features, steps=settings.head_steps, seed=settings.seed)
     count = first.out_features
     made.manifest = replace(made.manifest, head=replace(made.manifest.head, clusters=count))
     model.head = heads.HierarchicalHead(
@@ -242,7 +246,9 @@ def guess_for(key: nn.Linear, inputs: Tensor, settings: Settings) -> sparsity.Gu
     """A trained guess for one layer's key matrix."""
     predictor = shadow = None
     if settings.predictor:
-        predictor = sparsity.train_predictor(key, inputs, rank=settings.predictor, seed=settings.seed)
+        predictor = sparsity.train_predictor(
+            key, inputs, rank=settings.predictor, epochs=settings.epochs, seed=settings.seed
+        )
     if settings.shadow_bits:
         shadow = sparsity.Shadow.of(key.weight, settings.shadow_bits, settings.shadow_levels)
     return sparsity.Guess(predictor, shadow, threshold=settings.threshold, quantile=settings.shadow_quantile)

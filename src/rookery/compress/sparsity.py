@@ -2,7 +2,7 @@
 
 A channel mix computes relu(key · x)², which is zero wherever a unit's key row and the input do not agree. RWKV-Lite
 (arXiv 2412.10856) guesses these units with a small network, with a copy of the key matrix in one to four bits, or with
-both: what either of them finds is used. The guess depends on the token alone, so a text gives the same however it is cut.
+both: what either of them finds is used. Each token has guesses of its own, so a text gives the same however it is cut.
 """
 
 import math

@@ -84,6 +84,8 @@ def load(
         log.info("%s carries a tuned state; State.load(path, model) gives it", checkpoint.path)
     if unused := [name for name in checkpoint.unused if name not in states]:
         log.info("%s: not used by %s: %s", checkpoint.path, checkpoint.family.name, ", ".join(unused))
+    if checkpoint.lite:
+        log.info("%s is compressed; this is the plain model, rookery.compress.load gives the other", checkpoint.path)
     dtype = dtype or DTYPES.get(checkpoint.dtype, torch.float32)
     with torch.device("cpu"):
         model = build(checkpoint.family, checkpoint.config)
