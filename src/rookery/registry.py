@@ -12,6 +12,7 @@ FAMILY_MODULES = (
     "rwkv7",
     "rwkv7a",
     "rwkv7b",
+    "meta_state",
     "rwkv8",
     "rwkv8_hybrid",
     "rwkv7_rosa",

@@ -55,27 +55,30 @@ def create(*, hidden_size: int = 768, **given) -> RWKV7Config:
 
 def tensor_shapes(config: RWKV7Config) -> dict[str, tuple[int, ...]]:
     width, ffn = config.hidden_size, config.intermediate_size
-    vector, matrix = (1, 1, width), (width, width)
+    inner = config.num_heads * config.head_dim  # the width, but for models that have grown heads
+    vector = (1, 1, width)
     ranks = {"w": config.decay_rank, "a": config.rate_rank, "v": config.value_rank, "g": config.gate_rank}
 
     def block(i: int) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {f"att.x_{name}": vector for name in "rwkvag"}
         for name in "wavg" if i else "wag":
             shapes[f"att.{name}1"] = (width, ranks[name])
-            shapes[f"att.{name}2"] = (ranks[name], width)
+            shapes[f"att.{name}2"] = (ranks[name], inner)
             if name != "g":
-                shapes[f"att.{name}0"] = vector
-        shapes |= {"att.k_k": vector, "att.k_a": vector, "att.r_k": (config.num_heads, config.head_dim)}
-        shapes |= {f"att.{name}.weight": matrix for name in ("receptance", "key", "value", "output")}
-        shapes |= {"att.ln_x.weight": (width,), "att.ln_x.bias": (width,), "ffn.x_k": vector}
+                shapes[f"att.{name}0"] = (1, 1, inner)
+        heads = (config.num_heads, config.head_dim)
+        shapes |= {"att.k_k": (1, 1, inner), "att.k_a": (1, 1, inner), "att.r_k": heads}
+        shapes |= {f"att.{name}.weight": (inner, width) for name in ("receptance", "key", "value")}
+        shapes["att.output.weight"] = (width, inner)
+        shapes |= {"att.ln_x.weight": (inner,), "att.ln_x.bias": (inner,), "ffn.x_k": vector}
         return shapes | {"ffn.key.weight": (ffn, width), "ffn.value.weight": (width, ffn)}
 
     return skeleton_shapes(config, block)
 
 
 def recognise(shapes: Shapes) -> bool:
-    # 7a, 7b and the RWKV-8 previews carry these tensors too, plus tables that plain RWKV-7 has no place for
-    extra = ("ffn.s_emb.weight", "qkv.qq.weight", "ffn.enn.weight")
+    # 7a, 7b, the RWKV-8 previews and Meta-State carry these tensors too, plus some that plain RWKV-7 has no place for
+    extra = ("ffn.s_emb.weight", "qkv.qq.weight", "ffn.enn.weight", "ffn.sse_eta")
     # web-rwkv transposes the low-rank factors: [rank, width]
     width, rows = shapes.get("emb.weight", (0,))[-1], shapes.get("blocks.0.att.w1", (0,))[0]
     transposed = rows != width == shapes.get("blocks.0.att.w1", (0,))[-1]

@@ -32,6 +32,7 @@ class TimeMix(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         width = config.hidden_size
+        inner = config.num_heads * config.head_dim  # the width, but for models that have grown heads
         for name in "rwkvag":
             setattr(self, f"x_{name}", nn.Parameter(torch.empty(1, 1, width)))
         ranks = {"w": config.decay_rank, "a": config.rate_rank, "v": config.value_rank, "g": config.gate_rank}
@@ -39,15 +40,16 @@ class TimeMix(nn.Module):
             if name == "v" and layer == 0:
                 continue  # nothing before the first block to mix values with
             setattr(self, f"{name}1", nn.Parameter(torch.empty(width, rank)))
-            setattr(self, f"{name}2", nn.Parameter(torch.empty(rank, width)))
+            setattr(self, f"{name}2", nn.Parameter(torch.empty(rank, inner)))
             if name != "g":
-                setattr(self, f"{name}0", nn.Parameter(torch.empty(1, 1, width)))
-        self.k_k = nn.Parameter(torch.empty(1, 1, width))
-        self.k_a = nn.Parameter(torch.empty(1, 1, width))
+                setattr(self, f"{name}0", nn.Parameter(torch.empty(1, 1, inner)))
+        self.k_k = nn.Parameter(torch.empty(1, 1, inner))
+        self.k_a = nn.Parameter(torch.empty(1, 1, inner))
         self.r_k = nn.Parameter(torch.empty(config.num_heads, config.head_dim))
-        for name in ("receptance", "key", "value", "output"):
-            setattr(self, name, nn.Linear(width, width, bias=False))
-        self.ln_x = nn.GroupNorm(config.num_heads, width, eps=config.group_norm_eps)
+        for name in ("receptance", "key", "value"):
+            setattr(self, name, nn.Linear(width, inner, bias=False))
+        self.output = nn.Linear(inner, width, bias=False)
+        self.ln_x = nn.GroupNorm(config.num_heads, inner, eps=config.group_norm_eps)
 
     def forward(
         self, x: Tensor, shift: Tensor, wkv: Tensor, v_first: Tensor | None, cu_seqlens: Tensor | None
