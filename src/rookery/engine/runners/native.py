@@ -125,9 +125,8 @@ class NativeRunner:
         small = sum(self.nbytes.values()) < SMALL
         self.threads = threads or (1 if small else _native.available_cores())
         try:
-            self._model = _native.Model(
-                self.family, asdict(self.config), tensors, isa or "", self.threads, packed, lite
-            )
+            told = (packed, lite) if lite else (packed,)
+            self._model = _native.Model(self.family, asdict(self.config), tensors, isa or "", self.threads, *told)
         except ValueError as wrong:
             if not self.lite:
                 raise
