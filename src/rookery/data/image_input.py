@@ -77,7 +77,17 @@ def image_input(config: Any, metadata: Mapping[str, str]) -> ImageInput:
     return plain_input(config.image_size, config.in_channels)
 
 
+def named_input(name: str, size: int, channels: int, crop: float = 1.0) -> ImageInput:
+    """Values of −1 to 1 ("plain"), or by the figures of "imagenet" or "clip", which are for 3 channels."""
+    if name == "plain":
+        half = (0.5,) * channels
+        return ImageInput(size=size, channels=channels, mean=half, deviation=half, crop=crop)
+    if channels != 3:
+        raise ValueError(f"data.normalise={name!r} is for pictures of 3 channels, the model has {channels}")
+    mean, deviation = {"imagenet": IMAGENET, "clip": CLIP}[name]
+    return ImageInput(size=size, mean=mean, deviation=deviation, crop=crop)
+
+
 def plain_input(size: int, channels: int) -> ImageInput:
     """Values of −1 to 1, nothing cut off but what makes a square."""
-    half = (0.5,) * channels
-    return ImageInput(size=size, channels=channels, mean=half, deviation=half, crop=1.0)
+    return named_input("plain", size, channels)

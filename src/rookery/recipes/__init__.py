@@ -21,6 +21,8 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "dir-7-digits": diffusion.dir7_digits,
     "dir-7-mnist": diffusion.dir7_mnist,
     "diffusion-rwkv": diffusion.diffusion_rwkv,
+    "clip-nano": images.clip_nano,
+    "rwkv-clip-yfcc": images.clip_yfcc,
     "minipile": pretrain.minipile,
     "pile-0.1b": pretrain.pile_small,
     "pile-0.4b": pretrain.pile_medium,

@@ -1,7 +1,7 @@
 """Vision-RWKV as classifier of images."""
 
 from rookery.data.augment import Augment
-from rookery.train.config import ImageConfig, ImageDataConfig, ImageOptimConfig
+from rookery.train.config import ImageConfig, ImageDataConfig, ImageOptimConfig, PairConfig, PairDataConfig
 
 
 def imagenet() -> ImageConfig:
@@ -76,4 +76,38 @@ def digits() -> ImageConfig:
         steps=210,
         batch_size=64,
         validate_every=70,
+    )
+
+
+def clip_nano() -> PairConfig:
+    """An RWKV-CLIP of 1.4M parameters on pictures of 32 pixels and a vocabulary of their words (data.path)."""
+    return PairConfig(
+        model="rwkv-clip-nano",
+        data=PairDataConfig(),
+        augment=Augment(move=3),
+        optim=ImageOptimConfig(lr=1e-3, final_lr=1e-5, weight_decay=0.1, beta2=0.98, warmup_steps=50),
+        out="out/clip",
+        steps=500,
+        batch_size=128,
+        save_every=100,
+        validate_every=100,
+    )
+
+
+def clip_yfcc() -> PairConfig:
+    """RWKV-CLIP-B/32 as published: 32 passes over the 15M pairs of YFCC15M (data.path, data.tokenizer)."""
+    optim = ImageOptimConfig(
+        lr=1e-3, final_lr=4e-9, weight_decay=0.2, beta2=0.98, clip=1.0, warmup_steps=11_767, decay_vectors=True
+    )
+    return PairConfig(
+        model="rwkv-clip-b32",
+        overrides={"drop_path": 0.3},
+        data=PairDataConfig(tokenizer="bpe_simple_vocab_16e6.txt.gz"),
+        augment=Augment(area=0.7, stretch=1.25, flip=True),
+        optim=optim,
+        out="out/rwkv-clip-b32",
+        steps=117_670,
+        batch_size=4096,
+        dtype="bfloat16",
+        validate_every=0,
     )

@@ -371,6 +371,38 @@ class ImagineConfig(TrainConfig):
             raise ValueError(f"drop is a share from 0 to 1, got {self.drop}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PairDataConfig:
+    """The pictures and texts that are learned."""
+
+    path: str = ""
+    """A .jsonl with "image" and "raw", "synthetic", "generated" or "tags" a line, a .csv or .tsv with such columns, or
+    a .tar of webdataset."""
+    validation: str = ""
+    """Such a file of held-out pairs; none where empty."""
+    validation_share: float = 0.0
+    """Not used: held-out pairs have a file of their own."""
+    text: str = "uniform"
+    """Which text a step reads: any that the picture has, one kind, or weights as in "raw=1,generated=2"."""
+    tokenizer: str = "words"
+    """A vocabulary of the words of the texts, or CLIP's: its tokenizer.json or bpe_simple_vocab_16e6.txt.gz."""
+    normalise: Literal["clip", "imagenet", "plain"] = "clip"
+    """By CLIP's mean and deviation, by ImageNet's, or to values of −1 to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairConfig(TrainConfig):
+    """One run of a model of images and texts."""
+
+    task: ClassVar[str] = "rookery.train.tasks.contrastive:ContrastiveTask"
+    data: PairDataConfig = field(default_factory=PairDataConfig)
+    augment: Augment = field(default_factory=Augment)
+    """How pictures are changed before they are learned from; not `mixup` and `cutmix`."""
+    optim: ImageOptimConfig = field(default_factory=lambda: ImageOptimConfig(beta2=0.98, decay_vectors=True))
+    loss: Literal["clip", "siglip"] = "clip"
+    """A choice among the texts of the batch, or a yes or no for each of them."""
+
+
 def overlay(config: Any, values: dict[str, Any], where: str = "") -> Any:
     """`config` with `values` applied, nested dictionaries going into nested dataclasses.
 

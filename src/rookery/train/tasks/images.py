@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
-from rookery.data.image_input import IMAGENET, ImageInput, labelled_batches, plain_input
+from rookery.data.image_input import ImageInput, labelled_batches, named_input
 from rookery.data.images import Images, open_images
 from rookery.data.order import Permuted
 from rookery.models import create_model, load, save_model
@@ -86,7 +86,7 @@ class ImageTask(Task):
             train, self.held_out = (
                 Images(p.sources, p.labels, p.classes, sizes.in_channels) for p in (train, self.held_out)
             )
-        self.want = wanted(config, sizes.image_size, sizes.in_channels)
+        self.want = named_input(config.data.normalise, sizes.image_size, sizes.in_channels, config.data.crop)
         self.reader = ImageReader(config, train, self.want)
         self.dtype = getattr(torch, config.dtype)
 
@@ -134,16 +134,6 @@ class ImageTask(Task):
         """model.safetensors, which says the names of its classes and how it wants its pictures."""
         names = {"classes": json.dumps(self.held_out.classes, ensure_ascii=False)}
         save_model(self.model, out / "model.safetensors", metadata=names | self.want.metadata())
-
-
-def wanted(config: ImageConfig, size: int, channels: int) -> ImageInput:
-    """What the config makes of pictures."""
-    if config.data.normalise == "plain":
-        plain = plain_input(size, channels)
-        return ImageInput(**{**vars(plain), "crop": config.data.crop})
-    if channels != 3:
-        raise ValueError(f'data.normalise="imagenet" is for pictures of 3 channels, the model has {channels}')
-    return ImageInput(size=size, mean=IMAGENET[0], deviation=IMAGENET[1], crop=config.data.crop)
 
 
 def starting_classifier(config: ImageConfig, images: Images) -> VisionRWKV:
