@@ -18,6 +18,7 @@ REPRODUCTIONS: dict[str, str] = {
     "state-tracking": "products of permutations (S5) across the families, with the stock and the wide eigenvalues",
     "recall": "associative recall across the families",
     "vision-rwkv": "Vision-RWKV against a ViT of its size on small pictures, with and without its shift",
+    "arwkv": "a transformer turned into RWKV: with its projections, with new mixers, from nothing",
     "rimer": "RWKV-7 on time series against a transformer of its size, DLinear and naive forecasts",
 }
 """Name -> what is compared; the file of the same name, with underscores, defines REPRODUCTION."""
