@@ -18,6 +18,7 @@ FAMILY_MODULES = (
     "rwkv7_rosa",
     "rosa",
     "goldfinch",
+    "temporal_perspectives",
     "rwkv6",
     "rwkv5",
     "rwkv4",

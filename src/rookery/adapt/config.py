@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Method = Literal["full", "lora", "pissa", "miss", "bat", "state"]
+Method = Literal["full", "lora", "pissa", "miss", "bat", "state", "perspectives"]
 ADAPTERS = ("lora", "pissa", "miss", "bat")
 """Methods that add matrices to the model's own."""
 
@@ -13,8 +13,8 @@ class AdaptConfig:
     """What is trained, and with how many numbers."""
 
     method: Method = "lora"
-    """All weights ("full"), low-rank or block matrices beside them ("lora", "pissa", "miss", "bat"), or only the state
-    that every text begins from ("state")."""
+    """All weights ("full"), low-rank or block matrices beside them ("lora", "pissa", "miss", "bat"), only the state
+    that every text begins from ("state"), or the mixing vectors of several temporal perspectives ("perspectives")."""
     rank: int = 16
     """Rank of "lora" and "pissa"; rows of the block of "miss" and "bat" (r in their papers)."""
     alpha: float = 0.0
@@ -24,6 +24,8 @@ class AdaptConfig:
     targets: str = "att,ffn"
     """Where adapters go: parts of a block separated by commas, each with all its matrices ("att") or one of them
     ("att.key")."""
+    perspectives: int = 4
+    """How many "perspectives" the model becomes; its time and its state grow as many times."""
     shifts: bool = False
     """Whether "state" also trains the vectors that stand for the token before the first."""
     features: int = 0
@@ -37,7 +39,7 @@ class AdaptConfig:
     """Whether "state" is trained on decorrelated inputs, which takes fewer steps and a smaller learning rate (0.1)."""
 
     def __post_init__(self) -> None:
-        known = ("full", *ADAPTERS, "state")
+        known = ("full", *ADAPTERS, "state", "perspectives")
         if self.method not in known:
             raise ValueError(f"adapt.method must be one of {', '.join(known)}; got {self.method!r}")
         if self.method != "state" and (self.features or self.decorrelate):
@@ -46,5 +48,7 @@ class AdaptConfig:
             raise ValueError(f"adapt.features must be 0 or more, got {self.features}")
         if self.rank < 1:
             raise ValueError(f"adapt.rank must be at least 1, got {self.rank}")
+        if self.perspectives < 1:
+            raise ValueError(f"adapt.perspectives must be at least 1, got {self.perspectives}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"adapt.dropout must lie in [0, 1), got {self.dropout}")

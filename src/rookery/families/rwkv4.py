@@ -54,7 +54,8 @@ def tensor_shapes(config: RWKV4Config) -> dict[str, tuple[int, ...]]:
 def recognise(shapes: Shapes) -> bool:
     # experiments and forerunners are recognised in order to be refused by name
     first = ("att.time_mix_k", "ffnPre.time_mix_k", "att.time_mix")
-    return any(f"blocks.0.{name}" in shapes for name in first) and "blocks.0.att.ln_x.weight" not in shapes
+    other = {"blocks.0.att.ln_x.weight", "convert3.weight"}  # RWKV-5, temporal perspectives
+    return any(f"blocks.0.{name}" in shapes for name in first) and not other & shapes.keys()
 
 
 UNSUPPORTED = {

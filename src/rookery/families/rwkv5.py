@@ -70,7 +70,8 @@ def recognise(shapes: Shapes) -> bool:
     first = shapes.get("blocks.0.att.time_first", ())
     renamed = len(first) > 1 and first[1] > 1
     has = shapes.keys()
-    return {"blocks.0.att.time_mix_k", "blocks.0.att.ln_x.weight"} <= has and "embed.weight" not in has and not renamed
+    other = {"embed.weight", "convert3.weight"}  # series, temporal perspectives
+    return {"blocks.0.att.time_mix_k", "blocks.0.att.ln_x.weight"} <= has and not other & has and not renamed
 
 
 def config_from_shapes(shapes: Shapes) -> RWKV5Config:

@@ -97,7 +97,8 @@ def tensor_shapes(config: RWKV6Config) -> dict[str, tuple[int, ...]]:
 
 
 def recognise(shapes: Shapes) -> bool:
-    return "blocks.0.att.time_maa_x" in shapes and "w_kv_cache_a.weight" not in shapes  # GoldFinch's trunk
+    other = {"w_kv_cache_a.weight", "convert3.weight"}  # GoldFinch, temporal perspectives
+    return "blocks.0.att.time_maa_x" in shapes and not other & shapes.keys()
 
 
 def config_from_shapes(shapes: Shapes) -> RWKV6Config:

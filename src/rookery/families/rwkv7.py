@@ -84,7 +84,7 @@ def recognise(shapes: Shapes) -> bool:
     transposed = rows != width == shapes.get("blocks.0.att.w1", (0,))[-1]
     return (
         "blocks.0.att.r_k" in shapes
-        and not {"embed.weight", "final_layer.linear.weight"} & shapes.keys()  # series, images
+        and not {"embed.weight", "final_layer.linear.weight", "convert3.weight"} & shapes.keys()  # other kinds
         and not transposed
         and not any(name.endswith(extra) for name in shapes)
     )

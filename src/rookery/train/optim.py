@@ -27,7 +27,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
             continue
         if "att.w0" in name:
             groups["fast"].append(parameter)
-        elif sum(length > 1 for length in parameter.shape) >= 2 and ".weight" in name:
+        elif sum(length > 1 for length in parameter.shape) >= 2 and ".weight" in name and "convert3" not in name:
             groups["decayed"].append(parameter)
         else:
             groups["plain"].append(parameter)

@@ -73,6 +73,18 @@ def test_adapters_learn_and_what_is_written_does_the_same(config, method):
     assert (Path(config.out) / "adapter.pth").exists() == (method != "bat")
 
 
+def test_perspectives_are_added_to_a_model_and_nothing_else_is_trained(config):
+    config = overlay(config, {"adapt": {"method": "perspectives", "perspectives": 2}, "steps": 3})
+    train(config)
+    base, learned = load(config.base), load(Path(config.out) / "model.safetensors")
+    assert (learned.family, learned.config.perspectives) == ("temporal-perspectives", 2)
+    assert min(learned.divergence()) > 0
+    assert torch.equal(learned.blocks[0].att.key.weight, base.blocks[0].att.key.weight)
+    assert LLM(Path(config.out) / "model.safetensors").generate("1+2?", max_tokens=3) is not None
+    with pytest.raises(ValueError, match=r"adapt\.perspectives must be at least 1, got 0"):
+        overlay(config, {"adapt": {"perspectives": 0}})
+
+
 def test_all_weights_may_be_trained(config):
     train(overlay(config, {"adapt": {"method": "full"}}))
     trained, base = load(Path(config.out) / "model.safetensors"), load(config.base)

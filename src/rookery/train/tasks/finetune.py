@@ -23,6 +23,7 @@ from rookery.data.jsonl import Preference, Sample, read_preferences, read_sample
 from rookery.data.packing import IGNORED, PackedBatch, Packs, collate, fitted, parted
 from rookery.engine.llm import EMBEDDED
 from rookery.models import load, save_model
+from rookery.models.temporal_perspectives import TemporalPerspectives
 from rookery.tokenizers.pairing import resolve
 from rookery.train.config import FinetuneConfig
 from rookery.train.parallel import Place, moved
@@ -85,6 +86,10 @@ class FinetuneTask(Task):
             return self.model
         if config.adapt.method in ADAPTERS:
             self._attach(Path(config.out) / INITIAL)
+            return self.model
+        if config.adapt.method == "perspectives":
+            self.model = TemporalPerspectives.from_base(self.model, config.adapt.perspectives, seed=config.seed)
+            self.model.freeze("mixes", "convert")
             return self.model
         self.model.requires_grad_(False).eval().to(getattr(torch, config.dtype))
         adapt = config.adapt
