@@ -72,6 +72,13 @@ def test_stretched_the_text_reaches_every_token():
     one, other = (made(x, GRID, made.read(texts(5, seed=seed)), None)[0] for seed in (5, 6))
     assert ((one - other).abs().amax(dim=2) > 1e-9).all()
     assert made(x, GRID, made.read(texts(40)), None)[0].isfinite().all()
+    for length in (1, 5, 40):
+        text = to_the_right(padded(texts(length), left=2, right=3))
+        there = text.features[0, -length:].mT[None]
+        expected = torch.nn.functional.interpolate(there, size=16, mode="linear")[0].mT
+        close(made.laid_out(text, 16)[0], expected)
+    nothing = Text(texts(4).features, torch.zeros(1, 4, dtype=torch.bool))
+    assert not made.laid_out(to_the_right(nothing), 16).any()
 
 
 def test_a_text_longer_than_the_image_is_refused_where_it_must_fit():
@@ -106,6 +113,13 @@ def test_tokens_that_are_not_there_change_no_state(kind, decay):
     (state,) = made.read(text)
     close(made.read(padded(text, left=3, right=2))[0], state, 1e-12)
     close(made.read(Text(text.features[1:, :3], text.mask[1:, :3]))[0], state[1:], 1e-12)
+
+
+@pytest.mark.parametrize("kind", [TextKV, TextRead])
+def test_a_text_can_be_read_in_pieces(kind):
+    made, text = layer(kind), texts(5, 3)
+    first, rest = (Text(text.features[:, part], text.mask[:, part]) for part in (slice(0, 2), slice(2, None)))
+    close(made.read(rest, made.read(first))[0], made.read(text)[0], 1e-12)
 
 
 def test_read_out_alone_permutes_with_the_image_and_is_the_state_times_the_receptance():

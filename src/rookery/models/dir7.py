@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from rookery.families.dir7 import FAMILY, DIR7Config
 from rookery.models.diffusion import ATTENTION_GAIN, Block, DiffusionModel, Grid
@@ -122,9 +122,12 @@ class TextKV(TimeMix):
         self.order = ORDERS[layer % 2]
         self.text = nn.Linear(config.text_size, config.hidden_size, bias=False)
 
-    def read(self, text: Text) -> tuple[Tensor, ...]:
-        """The state [b, h, value, key] that a text leaves; tokens that are not there change nothing."""
-        return (text_state(self, text),)
+    def read(self, text: Text, before: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
+        """The state [b, h, value, key] that a text leaves; tokens that are not there change nothing.
+
+        `before` is what an earlier part of the text left.
+        """
+        return (text_state(self, text, *before),)
 
     def forward(
         self, x: Tensor, grid: Grid, memory: tuple[Tensor, ...], v_first: Tensor | None
@@ -136,8 +139,8 @@ class TextKV(TimeMix):
         return unscan(y, self.order, grid), unscan(first, self.order, grid)
 
 
-def text_state(mix: Any, text: Text) -> Tensor:
-    """The state after a text, from the projections of `mix`; its decay is 1 where the config says so."""
+def text_state(mix: Any, text: Text, state: Tensor | None = None) -> Tensor:
+    """The state after a text, from the projections of `mix` and the state before it; no decay if the config says so."""
     config = mix.config
     h = mix.text(text.features)
     rate_logit = mix.a0 + h @ mix.a1 @ mix.a2
@@ -155,10 +158,12 @@ def text_state(mix: Any, text: Text) -> Tensor:
     if not config.text_decay:
         log_w = torch.zeros_like(log_w)
     log_w, k, v, b = (valid_only(x, text.mask) for x in (log_w, k, v, b * config.removal))
-    if not text.mask.shape[1]:
+    if state is None:
         wide = torch.promote_types(h.dtype, torch.float32)
-        return h.new_zeros(len(h), config.num_heads, config.head_dim, config.head_dim, dtype=wide)
-    return wkv7(r=torch.zeros_like(k), log_w=log_w, k=k, v=v, a=a, b=b)[1]
+        state = h.new_zeros(len(h), config.num_heads, config.head_dim, config.head_dim, dtype=wide)
+    if not text.mask.shape[1]:
+        return state
+    return wkv7(r=torch.zeros_like(k), log_w=log_w, k=k, v=v, a=a, b=b, state=state)[1]
 
 
 class TextRead(nn.Module):
@@ -180,9 +185,9 @@ class TextRead(nn.Module):
             setattr(self, name, nn.Linear(width, width, bias=False))
         self.ln_x = nn.GroupNorm(config.num_heads, width, eps=config.group_norm_eps)
 
-    def read(self, text: Text) -> tuple[Tensor, ...]:
+    def read(self, text: Text, before: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
         """As `TextKV.read`."""
-        return (text_state(self, text),)
+        return (text_state(self, text, *before),)
 
     def look_up(self, x: Tensor, state: Tensor) -> Tensor:
         """S r for every token, [b, t, h, n]."""
@@ -237,17 +242,24 @@ class TextR(TimeMix):
                 )
             kept = features[:, max(0, features.shape[1] - tokens) :]
             return torch.cat([kept.new_zeros(len(kept), tokens - kept.shape[1], kept.shape[2]), kept], dim=1)
-        rows = []
-        for row, mask in zip(features, text.mask):
-            there = row[mask]
-            empty = not len(there)
-            rows.append(row.new_zeros(tokens, row.shape[1]) if empty else stretched(there, tokens))
-        return torch.stack(rows) if rows else features.new_zeros(0, tokens, features.shape[2])
+        return stretched(text, tokens)
 
 
-def stretched(features: Tensor, tokens: int) -> Tensor:
-    """Features [l, d] as [tokens, d], by linear interpolation."""
-    return interpolate(features.mT[None], size=tokens, mode="linear", align_corners=False)[0].mT
+def stretched(text: Text, tokens: int) -> Tensor:
+    """Features [b, tokens, d] of texts whose tokens are at the right end, by linear interpolation between them."""
+    lengths = text.mask.sum(dim=1, keepdim=True)
+    places = (torch.arange(tokens, device=lengths.device) + 0.5) * lengths / tokens - 0.5
+    places = places.clamp(min=0).minimum((lengths - 1).clamp(min=0).to(places))
+    low = places.floor()
+    weight = (places - low)[..., None].to(text.features)
+    low = low.long()
+    high = torch.minimum(low + 1, (lengths - 1).clamp(min=0))
+    if not text.mask.shape[1]:
+        return text.features.new_zeros(len(lengths), tokens, text.features.shape[2])
+    rows = torch.arange(len(lengths), device=lengths.device)[:, None]
+    first = (text.mask.shape[1] - lengths).clamp(max=text.mask.shape[1] - 1)
+    below, above = (text.features[rows, first + place] for place in (low, high))
+    return below.lerp(above, weight)
 
 
 class Softmax(nn.Module):
