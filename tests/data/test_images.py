@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support.data import shared
 
-from rookery.data.emoji import noto_emoji
+from rookery.data.emoji import VENDORS, noto_emoji, vendor_emoji
 from rookery.data.images import (
     BadImage,
     contact_sheet,
@@ -217,3 +217,15 @@ def test_the_shared_sets_are_read():
     emoji = noto_emoji(shared("vision/emoji_72px.tar"), shared("vision/emoji_captions.json"))
     assert emoji[0].caption == "grinning face"
     assert emoji[0].pixels()[0, 0].tolist() == [255, 255, 255]
+
+
+@pytest.mark.data
+def test_emoji_of_four_vendors_are_the_same_things():
+    folder = shared("vision/emoji_vendors")
+    found = vendor_emoji(folder)
+    assert {vendor: len(emoji) for vendor, emoji in found.items()} == dict.fromkeys(VENDORS, 1014)
+    assert len({tuple(e.caption for e in emoji) for emoji in found.values()}) == 1
+    assert sum(bool(emoji.tags) for emoji in found["apple"]) == 1003
+    custard = next(emoji for emoji in found["google"] if emoji.caption == "custard")
+    assert custard.tags[:2] == ("custard", "dessert")
+    assert custard.pixels().shape == (32, 32, 3)

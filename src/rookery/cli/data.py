@@ -7,6 +7,7 @@ Writes tokens.bin and tokens.idx, which RWKV-LM and RWKV-PEFT read as well. Sour
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -21,8 +22,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--tokenizer", default="world", metavar="NAME", help="world, 20b, bytes, or a vocabulary file")
     build.add_argument("--processes", type=int, default=1, metavar="N", help="processes that tokenize (1)")
 
+    describe = verbs.add_parser("describe", help="describe pictures by what is known of them, for RWKV-CLIP")
+    describe.add_argument("source", help="JSONL with raw, synthetic, tags a line")
+    describe.add_argument("--out", required=True, metavar="FILE", help="the same with a text called generated")
+    describe.add_argument(
+        "--url", help="server of OpenAI's protocol, ending in /v1 (default: no model, by rule)"
+    )
+    describe.add_argument("--model", default="default", help="model to ask there (%(default)s)")
+    describe.add_argument(
+        "--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="holds the key (%(default)s)"
+    )
+
+
+def describe_pairs(args: argparse.Namespace) -> int:
+    from rookery.data.describe import LLMFuser, TemplateFuser, describe_file, endpoint
+
+    key = os.environ.get(args.key_variable, "")
+    fuse = LLMFuser(endpoint(args.url, args.model, key)) if args.url else TemplateFuser()
+    counts = describe_file(args.source, args.out, fuse, lambda text: print(text, file=sys.stderr))
+    print(f"{args.out}: " + ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items())))
+    return 0
+
 
 def run(args: argparse.Namespace) -> int:
+    if args.verb == "describe":
+        return describe_pairs(args)
     from rookery.data.build import build
 
     if args.processes < 1:

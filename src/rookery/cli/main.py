@@ -22,6 +22,7 @@ VERBS = {
     "forecast": "forecast a column of a CSV file",
     "imagine": "draw what a text says",
     "classify": "name what pictures show",
+    "embed": "find pictures by words, or write vectors of both",
     "recipes": "list the named training runs",
     "data": "turn texts into tokens for training",
     "plot": "draw the curves of training runs",

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -92,6 +93,11 @@ def read_image(source: Source, channels: int = 3, *, max_pixels: int = MAX_PIXEL
         raise BadImage(f"{name} is no picture that can be read; give one of {', '.join(SUFFIXES)}") from None
     except (OSError, SyntaxError, EOFError) as problem:  # what decoders raise, SyntaxError for broken PNG chunks
         raise BadImage(f"{name} is damaged or cut off ({problem}); leave it out or fetch it again") from None
+
+
+def array_of(image: Any, channels: int = 3) -> np.ndarray:
+    """uint8 [height, width, channels] of an image that Pillow has opened, or of pixels."""
+    return _channels(image if isinstance(image, np.ndarray) else _pixels(image), channels)
 
 
 def _too_large(name: str, size: tuple[int, int] | None, limit: int) -> str:

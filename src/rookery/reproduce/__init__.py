@@ -17,6 +17,7 @@ REPRODUCTIONS: dict[str, str] = {
     "rwkv-families": "RWKV-7 against 6, 5, 4 and a GPT of the same size on the same text",
     "state-tracking": "products of permutations (S5) across the families, with the stock and the wide eigenvalues",
     "recall": "associative recall across the families",
+    "rwkv-clip": "RWKV-CLIP against two transformers: emoji of an unseen vendor by their names",
     "vision-rwkv": "Vision-RWKV against a ViT of its size on small pictures, with and without its shift",
     "arwkv": "a transformer turned into RWKV: with its projections, with new mixers, from nothing",
     "dir-7": "pictures that follow a text: CrossWKV in its forms against cross-attention; S5 told in words",
