@@ -261,7 +261,7 @@ def compressed(
     table: dict[str, dict[str, Any]] = {}
     for name, tensor in _side_by_side(tensors, manifest).items():
         order = "columns" if name.endswith((NEURONS, ".ffn.value.weight")) else "rows"
-        if tensor.dtype.kind != "f" or name.endswith("shadow_levels"):
+        if tensor.dtype.kind in "iu" or name.endswith("shadow_levels"):
             written[name] = tensor
         elif manifest.int8 and tensor.ndim == 2 and not is_extra(name) and name != "emb.weight" and _is_matrix(name):
             matrix = _packable(tensor) if name.endswith(NEURONS) else tensor
