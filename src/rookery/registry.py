@@ -27,6 +27,7 @@ FAMILY_MODULES = (
     "rad_rwkv6",
     "rad_rwkv7",
     "based",
+    "wuneng",
     "transformer",
     "vision_rwkv",
     "diffusion",

@@ -42,6 +42,8 @@ class BasedConfig:
     """Base of the rotary positions, which only the window attention has."""
     rms_norm_eps: float = 1e-5
     """Epsilon of every RMS norm."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial matrices; narrow models learn sooner with 0.02 · √(1024 / hidden_size)."""
 
     def __post_init__(self) -> None:
         for name in ("linear_layers", "window_layers"):  # JSON gives lists

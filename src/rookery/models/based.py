@@ -265,11 +265,12 @@ class Based(LanguageModel):
         | norms | 1 |
         | biases: `in_proj.bias`, `out_proj.bias` | 0 |
         | `conv.conv.weight` | U(−1/√width, 1/√width) for the width of the kernel |
-        | `out_proj.weight`, `fc2.weight` | N(0, 0.02 / √(2 · layers)) (GPT-2) |
-        | every other matrix | N(0, 0.02) |
+        | `out_proj.weight`, `fc2.weight` | N(0, σ / √(2 · layers)) (GPT-2) |
+        | every other matrix | N(0, σ) for σ = `initializer_range`, as published 0.02 |
         """
         generator = torch.Generator().manual_seed(0 if seed is None else seed)
-        residual = 0.02 / (2 * self.config.num_hidden_layers) ** 0.5
+        std = self.config.initializer_range
+        residual = std / (2 * self.config.num_hidden_layers) ** 0.5
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
@@ -278,4 +279,4 @@ class Based(LanguageModel):
             elif name.endswith("conv.weight"):
                 uniform_(parameter, self.config.conv_width**-0.5, generator)
             else:
-                normal_(parameter, residual if name.endswith(("out_proj.weight", "fc2.weight")) else 0.02, generator)
+                normal_(parameter, residual if name.endswith(("out_proj.weight", "fc2.weight")) else std, generator)

@@ -22,6 +22,7 @@ REPRODUCTIONS: dict[str, str] = {
     "arwkv": "a transformer turned into RWKV: with its projections, with new mixers, from nothing",
     "dir-7": "pictures that follow a text: CrossWKV in its forms against cross-attention; S5 told in words",
     "rwkv-lite": "memory and quality of compressed models, technique by technique",
+    "based": "recall against the bytes of the state: BASED's features and window, RWKV-7, attention",
     "rimer": "RWKV-7 on time series against a transformer of its size, DLinear and naive forecasts",
 }
 """Name -> what is compared; the file of the same name, with underscores, defines REPRODUCTION."""
