@@ -143,13 +143,15 @@ def test_sizes_and_variant_are_read_off_the_tensors(preset):
 
 
 @pytest.mark.parametrize("name", ["vision-rwkv-test", "vision-rwkv-v6-test"])
-@pytest.mark.parametrize("wrapper", ["state_dict", "model", "module.", None])
+@pytest.mark.parametrize("wrapper", ["state_dict", "model", "model_ema", "module.", None])
 def test_published_files_load_from_any_wrapping(tmp_path, name, wrapper):
     weights = tiny(name).state_dict()
     published = {key if key.startswith("head.") else f"backbone.{key}": weight for key, weight in weights.items()}
     if wrapper == "module.":
         published = {f"module.{key}": weight for key, weight in published.items()}
-    content = {wrapper: published, "meta": {"epoch": 300}} if wrapper in ("state_dict", "model") else published
+    content = (
+        {wrapper: published, "meta": {"epoch": 300}} if wrapper in ("state_dict", "model", "model_ema") else published
+    )
     torch.save(content, tmp_path / "published.pth")
     checkpoint = open_checkpoint(tmp_path / "published.pth")
     assert (checkpoint.family.name, checkpoint.layout) == ("vision-rwkv", "openmmlab")
@@ -225,6 +227,25 @@ def test_the_exact_attention_turns_with_the_image():
     y, _ = mix(x, (3, 5), None)
     turned, _ = swapped(x.flip(1)[..., order], (3, 5), None)
     assert_close(turned.flip(1)[..., order.argsort()], y)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vision-rwkv-pre-test", "vision-rwkv-v6-test"])
+def test_a_mix_of_the_token_alone_makes_the_shift_of_no_effect(name):
+    models = [randomised(name, shift=shift) for shift in ("q", "none")]
+    for model in models:
+        for parameter_name, parameter in model.named_parameters():
+            if "spatial_mix" in parameter_name:
+                parameter.fill_(1)  # mixes weigh the token itself, those of v6's attention the neighbour
+            elif "time_maa" in parameter_name:
+                parameter.zero_()
+    assert_close(models[0](images(12, 8)), models[1](images(12, 8)))
+
+
+def test_a_single_block_has_finite_initial_values():
+    for variant in ("v4", "v6", "v7"):
+        model = create_model("vision-rwkv-test", variant=variant, num_hidden_layers=1, group_norm_eps=64e-5)
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from rookery.train.config import ImageConfig, overlay
 from rookery.train.loop import train
 from rookery.train.optim import groups_of
 from rookery.train.tasks.images import ImageTask
+from rookery.train.tasks.masked import MaskedTask
 
 SIZES = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2}
 
@@ -131,3 +132,21 @@ def test_recipes_for_images_name_models_that_exist():
         run = RECIPES[name]()
         if run.model.startswith("vision"):
             create_model(run.model, device="meta", **run.overrides)
+
+
+def test_an_encoder_learns_from_pictures_alone_and_becomes_a_classifier(config, tmp_path):
+    masked = recipe("mae")
+    small = {"overrides": SIZES, "data": {"path": config.data.path}, "augment": {"area": 1.0, "flip": False}}
+    small |= {"decoder_size": 32, "decoder_layers": 1, "out": str(tmp_path / "mae"), "steps": 12, "batch_size": 16}
+    masked = overlay(masked, {**small, "data": {"path": config.data.path, "normalise": "plain"}, "accumulate": 1})
+    masked = overlay(masked, {"dtype": "float32", "optim": {"lr": 1e-2, "warmup_steps": 2}, "validate_every": 12})
+    train(masked)
+    rows = [json.loads(line) for line in Path(masked.out, "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[-1]["validation_loss"] > 0
+    encoder = load(f"{masked.out}/model.safetensors")
+    assert encoder.config.num_classes == 0
+    after = ImageTask(replace(config, overrides={}, initial=f"{masked.out}/model.safetensors"))
+    assert after.model.config.num_classes == 4
+    with pytest.raises(ValueError, match="no pictures to learn from"):
+        MaskedTask(replace(masked, data=replace(masked.data, path="")))

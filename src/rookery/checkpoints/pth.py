@@ -17,7 +17,7 @@ from rookery.checkpoints.source import Source, Stored, map_file, short
 from rookery.checkpoints.unpickle import PickledTensor, unpickle
 from rookery.errors import BadCheckpoint
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "model_ema")
 """Keys under which training programs put the weights, the likeliest first."""
 PREFIXES = ("module.", "_orig_mod.", "_forward_module.")
 """What wrappers of torch put in front of every name (DDP, compile, Lightning)."""

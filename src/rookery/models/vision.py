@@ -7,6 +7,7 @@ directions, and v7, which has no official definition, is RWKV-7's time mix whose
 
 from collections import OrderedDict
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +28,25 @@ from rookery.state import to_numpy
 
 # b batch, t tokens, c width, h heads, n channels of a head; a grid is (rows, columns) of tokens
 
-Grid = tuple[int, int]
+
+class Kept(NamedTuple):
+    """A grid of which only some tokens are there, as in masked autoencoding."""
+
+    rows: int
+    columns: int
+    places: Tensor
+    """Numbers of those that are there, rising: int64 [b, t]."""
+
+
+Grid = tuple[int, int] | Kept
 
 
 def neighbours(x: Tensor, grid: Grid, config: VisionRWKVConfig) -> Tensor:
-    """What each token [b, t, c] is mixed with (eq. 3-4)."""
+    """What each token [b, t, c] is mixed with (eq. 3-4); zeros for tokens that are not there."""
+    if config.shift == "q" and isinstance(grid, Kept):
+        index = grid.places[..., None].expand_as(x)
+        whole = x.new_zeros(len(x), grid.rows * grid.columns, x.shape[2]).scatter(1, index, x)
+        return q_shift(whole, (grid.rows, grid.columns), heads=config.num_heads).gather(1, index)
     if config.shift == "q":
         return q_shift(x, grid, heads=config.num_heads)
     return shift(x) if config.shift == "1d" else x

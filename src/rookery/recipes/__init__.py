@@ -21,6 +21,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "dir-7-digits": diffusion.dir7_digits,
     "dir-7-mnist": diffusion.dir7_mnist,
     "diffusion-rwkv": diffusion.diffusion_rwkv,
+    "mae": images.mae,
     "clip-nano": images.clip_nano,
     "rwkv-clip-yfcc": images.clip_yfcc,
     "minipile": pretrain.minipile,

@@ -1,7 +1,14 @@
 """Vision-RWKV as classifier of images."""
 
 from rookery.data.augment import Augment
-from rookery.train.config import ImageConfig, ImageDataConfig, ImageOptimConfig, PairConfig, PairDataConfig
+from rookery.train.config import (
+    ImageConfig,
+    ImageDataConfig,
+    ImageOptimConfig,
+    MaskedImageConfig,
+    PairConfig,
+    PairDataConfig,
+)
 
 
 def imagenet() -> ImageConfig:
@@ -32,6 +39,24 @@ def imagenet_finetune() -> ImageConfig:
         steps=1000,
         batch_size=64,
         validate_every=250,
+    )
+
+
+def mae() -> MaskedImageConfig:
+    """Vision-RWKV-L learns from the pictures of an ImageNet folder (data.path) without labels, as published."""
+    return MaskedImageConfig(
+        model="vision-rwkv-large",
+        overrides={"image_size": 224, "head_hidden_size": 0},
+        data=ImageDataConfig(normalise="imagenet", crop=0.875, workers=8),
+        augment=Augment(area=0.2, flip=True),
+        optim=ImageOptimConfig(lr=2.4e-3, final_lr=0.0, weight_decay=0.05, beta2=0.95, warmup_steps=3130),
+        out="out/mae",
+        steps=250_000,
+        batch_size=4096,
+        accumulate=1,
+        dtype="bfloat16",
+        save_every=1000,
+        validate_every=10_000,
     )
 
 

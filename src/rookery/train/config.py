@@ -372,6 +372,19 @@ class ImagineConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MaskedImageConfig(ImageConfig):
+    """One run of a masked autoencoder: the encoder learns from pictures alone. `smoothing` is of no use here."""
+
+    task: ClassVar[str] = "rookery.train.tasks.masked:MaskedTask"
+    hidden_share: float = 0.75
+    """Part of the patches that the encoder does not see."""
+    decoder_size: int = 512
+    """Width of the decoder, which the run does not keep."""
+    decoder_layers: int = 8
+    """Its blocks."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PairDataConfig:
     """The pictures and texts that are learned."""
 
