@@ -71,8 +71,8 @@ class ImageReader:
 class ImageTask(Task):
     """A classifier on labelled pictures; the config's model is of kind "image".
 
-    The number of classes follows the data unless `overrides` says it; a model that starts from a file gets a new head
-    where its own has another number of classes.
+    The number of classes follows the data unless `overrides` says it; a model that starts from a file has that file's
+    sizes, and gets a new head where its own has another number of classes.
     """
 
     def __init__(self, config: ImageConfig) -> None:
