@@ -24,6 +24,8 @@ REPRODUCTIONS: dict[str, str] = {
     "rwkv-lite": "memory and quality of compressed models, technique by technique",
     "based": "recall against the bytes of the state: BASED's features and window, RWKV-7, attention",
     "rimer": "RWKV-7 on time series against a transformer of its size, DLinear and naive forecasts",
+    "state-tuning": "tuned start states: plain, kernel-upscaled, decorrelated, and at test time",
+    "meta-state": "a second reading of the state, and growth against training from scratch",
 }
 """Name -> what is compared; the file of the same name, with underscores, defines REPRODUCTION."""
 
