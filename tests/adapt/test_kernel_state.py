@@ -5,12 +5,13 @@ import torch
 from support.language import randomised, some_tokens
 from torch.nn.functional import cross_entropy
 
-from rookery.adapt.kernel_state import KernelStart, spherical_kmeans
+from rookery.adapt.kernel_state import KernelStart, LiteralStart, spherical_kmeans
 from rookery.adapt.read_features import recorded
 from rookery.adapt.state_tuning import StartState, load_start, save_start
 from rookery.errors import BadState
 from rookery.models import create_model
 from rookery.models.rwkv7_kernel_state import lifted, mixing, phi
+from rookery.models.rwkv7_literal_state import gaussian
 
 FORMS = [
     {},
@@ -216,3 +217,36 @@ def test_keys_are_looked_at_in_the_base_model():
     assert [one.call["k"].shape for one in kept] == [(1, 5, 2, 16)] * 3
     alike = KernelStart(model, features=8, width=0.01).calibrate(some_tokens(model, 2, 20))
     assert min(alike) > 0.9, "too wide a kernel makes all features alike"
+
+
+def test_the_literal_form_is_another_function_that_can_be_tuned(tmp_path):
+    model = model_of()
+    tokens = some_tokens(model, 2, 17)
+    start = LiteralStart(model, features=24)
+    start.calibrate(some_tokens(model, 2, 40))
+    host = start.model[0]
+    whole, after = host(tokens, start(2))
+    assert whole.isfinite().all()
+    assert (whole - model(tokens)[0]).abs().max() > 0.1, "the pretrained function is lost"
+    one, state = host(tokens[:, :6], start(2))
+    two, state = host(tokens[:, 6:], state)
+    torch.testing.assert_close(torch.cat([one, two], 1), whole, rtol=1e-9, atol=1e-10)
+    assert after.tensors()["layers.0.kstate"].shape == (2, 2, 24, 24)
+    whole.square().mean().backward()
+    assert all(wkv.grad.any() for wkv in start.wkv)
+    with pytest.raises(ValueError, match="the literal form of a kernel state is for study and has no file"):
+        save_start(start, tmp_path / "x.safetensors", host)
+
+
+@torch.no_grad()
+def test_the_way_back_of_the_literal_form_finds_the_values_again():
+    model = model_of()
+    tokens = some_tokens(model, 2, 20)
+    start = LiteralStart(model, features=64, width=0.02)  # values are longer than the directions of keys
+    start.calibrate(tokens)
+    with recorded(model) as kept:
+        model(tokens)
+    for block, one in zip(start.model[0].blocks, kept):
+        v = one.call["v"]
+        back = torch.einsum("hnm,bthm->bthn", block.back, gaussian(v, block.support, block.gamma))
+        assert (back - v).square().mean() < 0.5 * v.square().mean()

@@ -15,6 +15,7 @@ from rookery.adapt.state_tuning import StartState
 from rookery.checkpoints.tuned_state import TunedState
 from rookery.models.rwkv7 import RWKV7
 from rookery.models.rwkv7_kernel_state import KernelStateRWKV7
+from rookery.models.rwkv7_literal_state import LiteralStateRWKV7
 from rookery.state import from_numpy
 
 # h heads, n channels of a head, m features, p keys
@@ -117,6 +118,33 @@ class KernelStart(StartState):
             unit = torch.nn.functional.normalize(support.double(), dim=-1)
             return float((unit @ unit.mT)[:, different].abs().mean())
         return float((-gamma[:, None] * between).exp().mean())
+
+
+class LiteralStart(StartState):
+    """The square state of the printed form, [h, m, m], for study: it does not begin as the model it is made for.
+
+    `model[0]` is the model that reads it; `calibrate` before anything else. It has no file and no place in the engine.
+    """
+
+    field = "kstate"
+
+    def __init__(self, model: RWKV7, *, features: int | None = None, width: float = WIDTH) -> None:
+        super().__init__(LiteralStateRWKV7(model, 4 * model.config.head_dim if features is None else features))
+        self.width = width
+
+    @torch.no_grad()
+    def calibrate(
+        self, tokens: Tensor, support: Literal["kmeans", "sample", "random"] = "kmeans", seed: int = 0
+    ) -> None:
+        """Support vectors and γ from the keys of a text, int [b, t], and the way back, Q, from its values."""
+        chosen = KernelStart(self.model[0].base[0], features=self.wkv[0].shape[-1], width=self.width)
+        chosen.calibrate(tokens, support, seed)
+        with recorded(chosen.model[0].base[0]) as kept:
+            chosen.model[0].base[0].features(tokens, None, None)
+        for i, (block, one) in enumerate(zip(self.model[0].blocks, kept)):
+            block.support.copy_(chosen.get_buffer(f"support_{i}"))
+            block.gamma.copy_(chosen.get_buffer(f"rule_{i}")[:, 0])
+            block.fit(one.call["v"].flatten(0, 1)[:CALIBRATION])
 
 
 def load_kernel_start(tuned: TunedState, model: RWKV7, *, shifts: bool = False) -> KernelStart:

@@ -122,6 +122,8 @@ def save_start(start: StartState, path: str | os.PathLike[str], model: LanguageM
     """
     with torch.no_grad():
         arrays = start(1).arrays()
+    if start.field != "wkv" and "layers.0.rule" not in arrays:
+        raise ValueError("the literal form of a kernel state is for study and has no file; use KernelStart")
     if start.field != "wkv":  # the model's own state stays zero
         arrays = {name: array for name, array in arrays.items() if not name.endswith(".wkv")}
     save_tuned_state(path, arrays, getattr(model, "base", [model])[0].config, model=model.fingerprint())
