@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.language import randomised
 
-from rookery.adapt.config import AdaptConfig
+from rookery.adapt.config import IN_RWKV_PEFT, LOW_RANK, AdaptConfig
 from rookery.adapt.peft import (
     adapter_tensors,
     attach,
@@ -20,7 +20,7 @@ from rookery.checkpoints.adapter import adapted
 from rookery.models import create_model, save_model
 from rookery.state import from_numpy
 
-METHODS = ("lora", "pissa", "miss", "bat")
+METHODS = ("lora", "rslora", "dora", "pissa", "miss", "mini", "bat")
 NAMES = {
     "rwkv4-test": "att.key att.output att.receptance att.value ffn.key ffn.receptance ffn.value",
     "rwkv5-test": "att.gate att.key att.output att.receptance att.value ffn.key ffn.receptance ffn.value",
@@ -92,8 +92,8 @@ def test_a_new_adapter_changes_nothing_and_is_all_that_trains(name, method):
     before = logits_of(model)
     attach(model, AdaptConfig(method=method, rank=4))
     after = logits_of(model)
-    if method == "pissa":
-        torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)  # the weights were taken apart in float32
+    if method in ("pissa", "dora"):  # the weights were taken apart in float32; rows were divided by their length
+        torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
     else:
         assert torch.equal(after, before)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -149,14 +149,14 @@ def test_a_saved_adapter_does_the_same_to_the_original_model(method, tmp_path):
     expected = logits_of(model)
     save_adapter(model, tmp_path / "adapter", config, base="tiny.pth", initial=initial)
     settings = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    assert settings["peft_type"] == ("MISS" if method in ("miss", "bat") else "LORA")
+    assert settings["peft_type"] == ("LORA" if method in LOW_RANK else "MISS")
     assert settings["base_model_name_or_path"] == "tiny.pth"
     fresh = model_of(dtype=torch.float32)
     load_adapter(fresh, tmp_path / "adapter")
     torch.testing.assert_close(logits_of(fresh), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["lora", "miss"])
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "miss", "mini"])
 def test_peft_itself_reads_the_folder(method, tmp_path):
     import peft
 
@@ -206,7 +206,7 @@ def test_the_merge_verb_does_what_merging_here_does(method, tmp_path):
     config, initial = trained(model, method)
     save_adapter(model, tmp_path / "adapter", config, initial=initial)
     files = ["adapter"]
-    if method != "bat":
+    if method in IN_RWKV_PEFT:
         save_rwkv_peft(model, tmp_path / "a.pth", config, initial=initial)
         files.append("a.pth")
     merge(model)
@@ -217,10 +217,11 @@ def test_the_merge_verb_does_what_merging_here_does(method, tmp_path):
         torch.testing.assert_close(weights, dict(model.state_dict()), rtol=1e-4, atol=1e-5)
 
 
-def test_bat_has_no_rwkv_peft_file(tmp_path):
+@pytest.mark.parametrize(("method", "said"), [("bat", "BAT"), ("dora", "dora"), ("mini", "mini")])
+def test_what_rwkv_peft_does_not_know_has_no_file_of_its(tmp_path, method, said):
     model = model_of()
-    config, _ = trained(model, "bat")
-    with pytest.raises(ValueError, match="cannot hold this BAT adapter"):
+    config, _ = trained(model, method)
+    with pytest.raises(ValueError, match=f"cannot hold this {said} adapter"):
         save_rwkv_peft(model, tmp_path / "a.pth", config)
 
 
@@ -229,7 +230,9 @@ def test_what_is_no_adapter_is_refused(tmp_path):
         load_adapter(model_of(), tmp_path)
     with pytest.raises(ValueError, match="the model has no adapter"):
         merge(model_of())
-    with pytest.raises(ValueError, match="'full' adds no adapter; methods that do: lora, pissa, miss, bat"):
+    with pytest.raises(
+        ValueError, match="'full' adds no adapter; methods that do: lora, rslora, dora, pissa, miss, mini, bat"
+    ):
         attach(model_of(), AdaptConfig(method="full"))
 
 
@@ -245,7 +248,8 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "bone"}, "adapt.method must be one of full, lora, pissa, miss, bat, state; got 'bone'"),
+        ({"method": "bone"}, "adapt.method must be one of full, lora, .*state; got 'bone'; it is called miss"),
+        ({"method": "miss", "mini_r": 4}, "adapt.mini_r is for the method mini"),
         ({"rank": 0}, "adapt.rank must be at least 1"),
         ({"dropout": 1.0}, r"adapt.dropout must lie in \[0, 1\)"),
     ],

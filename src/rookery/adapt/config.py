@@ -3,9 +3,15 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Method = Literal["full", "lora", "pissa", "miss", "bat", "state", "perspectives"]
-ADAPTERS = ("lora", "pissa", "miss", "bat")
+Method = Literal["full", "lora", "rslora", "dora", "pissa", "miss", "mini", "bat", "state", "perspectives"]
+ADAPTERS = ("lora", "rslora", "dora", "pissa", "miss", "mini", "bat")
 """Methods that add matrices to the model's own."""
+LOW_RANK = ("lora", "rslora", "dora", "pissa")
+"""Those with two factors; the others have blocks."""
+IN_RWKV_PEFT = ("lora", "pissa", "miss")
+"""Those that RWKV-PEFT's files can hold: its BAT shares blocks along the other axis, the others it does not have."""
+FORMER = {"bone": "miss (Bone since its third version) or bat (Bone's first form)", "disha": "miss or bat"}
+"""Earlier names of the papers (adaptation.md C.0)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,12 +19,16 @@ class AdaptConfig:
     """What is trained, and with how many numbers."""
 
     method: Method = "lora"
-    """All weights ("full"), low-rank or block matrices beside them ("lora", "pissa", "miss", "bat"), only the state
-    that every text begins from ("state"), or the mixing vectors of several temporal perspectives ("perspectives")."""
+    """All weights ("full"), low-rank or block matrices beside them ("lora", "rslora", "dora", "pissa"; "miss", "mini",
+    "bat"), only the state that every text begins from ("state"), or the mixing vectors of several temporal perspectives
+    ("perspectives")."""
     rank: int = 16
-    """Rank of "lora" and "pissa"; rows of the block of "miss" and "bat" (r in their papers)."""
+    """Rank of low-rank matrices; rows of the block of "miss", "mini" and "bat" (r in their papers)."""
+    mini_r: int = 0
+    """Columns of the block of "mini", which is repeated over the outputs; 0 for as many as rows."""
     alpha: float = 0.0
-    """Strength of "lora": its update is scaled by alpha / rank; 0 for alpha = rank. "pissa" always has alpha = rank."""
+    """Strength of low-rank matrices: the update is scaled by alpha / rank, by alpha / √rank for "rslora"; 0 for
+    alpha = rank. "pissa" always has alpha = rank."""
     dropout: float = 0.0
     """Share of an adapter's inputs that a training step drops."""
     targets: str = "att,ffn"
@@ -41,7 +51,8 @@ class AdaptConfig:
     def __post_init__(self) -> None:
         known = ("full", *ADAPTERS, "state", "perspectives")
         if self.method not in known:
-            raise ValueError(f"adapt.method must be one of {', '.join(known)}; got {self.method!r}")
+            now = f"; it is called {FORMER[self.method]} today" if self.method in FORMER else ""
+            raise ValueError(f"adapt.method must be one of {', '.join(known)}; got {self.method!r}{now}")
         if self.method != "state" and (self.features or self.decorrelate):
             raise ValueError(f"adapt.features and adapt.decorrelate are for the method state, not {self.method}")
         if self.features < 0:
@@ -50,5 +61,7 @@ class AdaptConfig:
             raise ValueError(f"adapt.rank must be at least 1, got {self.rank}")
         if self.perspectives < 1:
             raise ValueError(f"adapt.perspectives must be at least 1, got {self.perspectives}")
+        if self.mini_r < 0 or (self.mini_r and self.method != "mini"):
+            raise ValueError(f"adapt.mini_r is for the method mini and 0 or more; got {self.mini_r} for {self.method}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"adapt.dropout must lie in [0, 1), got {self.dropout}")

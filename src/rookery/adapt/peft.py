@@ -1,7 +1,8 @@
-"""LoRA, PiSSA, MiSS and BAT on our models, through Hugging Face peft, and the files that hold them.
+"""LoRA, PiSSA, MiSS, BAT and their kin on our models, through Hugging Face peft, and the files that hold them.
 
-LoRA: arXiv 2106.09685. PiSSA: arXiv 2404.02948. MiSS and BAT: arXiv 2409.15371. A finished model gets its adapters from
-outside and keeps its class: `logits, state = model(tokens, state)` as before, only slower and trainable elsewhere.
+LoRA: arXiv 2106.09685. rsLoRA: arXiv 2312.03732. DoRA: arXiv 2402.09353. PiSSA: arXiv 2404.02948. MiSS, mini and BAT:
+arXiv 2409.15371. A finished model gets its adapters from outside and keeps its class: `logits, state = model(tokens,
+state)` as before, only slower and trainable elsewhere.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rookery.adapt.config import ADAPTERS, AdaptConfig
+from rookery.adapt.config import ADAPTERS, IN_RWKV_PEFT, LOW_RANK, AdaptConfig
 from rookery.checkpoints.atomic import replacing
 from rookery.checkpoints.pth_writer import write_pth
 from rookery.checkpoints.source import in_memory
@@ -96,11 +97,17 @@ def restart_pissa(model: LanguageModel, config: AdaptConfig, initial: Mapping[st
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's parameters under peft's names, without its prefix: "blocks.0.att.key.lora_A.weight"."""
     return {
-        f"{name}.{inner.replace(f'.{NAME}', '')}": parameter
+        f"{name}.{_told(inner)}": parameter
         for name, layer in _layers(model).items()
         for inner, parameter in layer.named_parameters()
         if not inner.startswith("base_layer.")
     }
+
+
+def _told(name: str) -> str:
+    """A parameter's name in peft's files: DoRA's lengths are a module in memory and a tensor there."""
+    name = name.replace(f".{NAME}", "")
+    return name.removesuffix(".weight") if name.startswith("lora_magnitude_vector") else name
 
 
 def fingerprint_of(model: LanguageModel) -> str:
@@ -196,8 +203,9 @@ def save_rwkv_peft(
     files do not say alpha: its merge tool asks for it. BAT is refused: RWKV-PEFT shares its blocks along the other axis
     (adaptation.md C.2.4).
     """
-    if config.method == "bat":
-        raise ValueError("RWKV-PEFT's files cannot hold this BAT adapter: merge it, or keep the peft folder")
+    if config.method not in IN_RWKV_PEFT:
+        kind = config.method.upper() if config.method == "bat" else config.method
+        raise ValueError(f"RWKV-PEFT's files cannot hold this {kind} adapter: merge it, or keep the peft folder")
     target = Path(path)
     write_pth(target, {_rwkv_peft_name(n): _stored(t) for n, t in adapter_tensors(model).items()})
     if config.method == "pissa":
@@ -242,10 +250,11 @@ def _layers(model: nn.Module) -> dict[str, Any]:
 def _peft_config(model: LanguageModel, config: AdaptConfig) -> Any:
     peft = _peft()
     names = sorted(target_names(model, config.targets))
-    if config.method in ("miss", "bat"):
-        kind = "bat" if config.method == "bat" else True
+    if config.method not in LOW_RANK:
+        kind = True if config.method == "miss" else config.method
+        own = {"mini_r": config.mini_r or config.rank} if config.method == "mini" else {}
         return peft.MissConfig(
-            r=config.rank, init_weights=kind, miss_dropout=config.dropout, target_modules=_pattern(names)
+            r=config.rank, init_weights=kind, miss_dropout=config.dropout, target_modules=_pattern(names), **own
         )
     start = "pissa_niter_4" if config.method == "pissa" else True
     alpha = config.rank if config.method == "pissa" or not config.alpha else config.alpha
@@ -254,6 +263,8 @@ def _peft_config(model: LanguageModel, config: AdaptConfig) -> Any:
         lora_alpha=alpha,
         lora_dropout=config.dropout,
         init_lora_weights=start,
+        use_rslora=config.method == "rslora",
+        use_dora=config.method == "dora",
         target_modules=_pattern(names),
     )
 

@@ -23,6 +23,7 @@ REPRODUCTIONS: dict[str, str] = {
     "dir-7": "pictures that follow a text: CrossWKV in its forms against cross-attention; S5 told in words",
     "rwkv-lite": "memory and quality of compressed models, technique by technique",
     "based": "recall against the bytes of the state: BASED's features and window, RWKV-7, attention",
+    "bone": "MiSS and BAT (once Bone) against LoRA, PiSSA, DoRA, all weights and the start state",
     "rimer": "RWKV-7 on time series against a transformer of its size, DLinear and naive forecasts",
     "state-tuning": "tuned start states: plain, kernel-upscaled, decorrelated, and at test time",
     "meta-state": "a second reading of the state, and growth against training from scratch",

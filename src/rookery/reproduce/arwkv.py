@@ -205,7 +205,7 @@ class Lesson:
 
 def experiment(work: Work) -> Outcome:
     sizes = Sizes(
-        rows=work.size(quick=8, default=256, full=768),
+        rows=work.size(quick=8, default=448, full=768),
         held_out=work.size(quick=4, default=32, full=64),
         length=work.size(quick=17, default=257, full=257),
         batch=work.size(quick=2, default=4, full=8),

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rookery.adapt.config import ADAPTERS
+from rookery.adapt.config import ADAPTERS, IN_RWKV_PEFT
 from rookery.adapt.decorrelate import decorrelate
 from rookery.adapt.kernel_state import KernelStart
 from rookery.adapt.peft import INITIAL, attach, fingerprint_of, merge, restart_pissa, save_adapter, save_rwkv_peft
@@ -228,7 +228,7 @@ class FinetuneTask(Task):
             return
         if config.adapt.method in ADAPTERS:
             save_adapter(self.model, out / "adapter", config.adapt, base=config.base, initial=self.initial)
-            if config.adapt.method != "bat":  # RWKV-PEFT's BAT is another one
+            if config.adapt.method in IN_RWKV_PEFT:
                 save_rwkv_peft(self.model, out / "adapter.pth", config.adapt, initial=self.initial)
             if not config.merge:
                 return
