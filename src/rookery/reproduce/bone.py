@@ -320,7 +320,8 @@ Adapters on all six matrices of a block, of equal size: LoRA and PiSSA of rank 8
 DoRA of rank 7 is 6% smaller, of rank 8 it would be larger. LoRA and DoRA are scaled by 2, as usual. {sizes.steps}
 steps of
 {sizes.batch} sentences, AdamW (0.9, 0.99), warm-up 10, cosine to a tenth, clip 1, no decay of weights; seeds move the
-adapters' first values and the order of sentences. The best rates were found on the first seed among 1e-3, 2e-3, 4e-3 and
+adapters' first values and the order of sentences. The best rates were found on the first seed among 1e-3,
+2e-3, 4e-3 and
 8e-3 (5e-4 to 2e-3 for all weights, 0.1 and 1 for the state) and written down in the code; `--full` searches anew."""
 
 
