@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,9 +70,14 @@ MORE = [
     Arm(name="arwkv-frozen-mlp", to="arwkv", frozen_mlp=True),
     Arm(name="scratch-ce", to="arwkv", copied=False, aligned=False, on_text=True),
 ]
-RATES = {"radlads": 1e-3, "arwkv": 1e-3, "scratch": 1e-3}
-"""Peak rates of the second stage, the best of `CANDIDATES` on the first seed."""
-CANDIDATES = (1e-3, 2e-3, 4e-3)
+RATES = {"radlads": (1e-3, 1e-3), "arwkv": (4e-3, 2e-3), "scratch": (1e-3, 2e-3)}
+"""Peak rates of alignment and of what follows."""
+ALIGN_RATES, RATES_AFTER = (1e-3, 4e-3), (1e-3, 2e-3, 4e-3)
+"""Those that --full tries on the first seed, for each arm."""
+Rates = tuple[float, float]
+TRIED = """Peak rates were tried on the first seed before: for `arwkv` 1e-3 and 4e-3 in alignment with 2e-3
+after it, one
+pair for `radlads`, one rate for `scratch`; `--full` tries the same ones for every arm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +188,7 @@ class Lesson:
             wanted = self.teacher.features(inputs, None, None)[0].flatten(0, 1)
         return distillation_loss(features, weight, wanted, self.teacher.head.weight, chunk=len(features))
 
-    def run(self, rate: float) -> dict[str, Any]:
+    def run(self, rates: Rates) -> dict[str, Any]:
         arm, sizes, began = self.arm, self.sizes, time.perf_counter()
         self.measure()
         distances = {"before": self.relative()}
@@ -191,14 +197,14 @@ class Lesson:
             self.student.requires_grad_(False)
             for mixer in mixers(self.student).values():
                 mixer.requires_grad_(True)
-            self.stage("align", sizes.align, 1e-3, self.distance, 1)
+            self.stage("align", sizes.align, rates[0], self.distance, 1)
             distances["aligned"] = self.relative()
         else:
             distill += sizes.align
         self.student.requires_grad_(True)
         for block in self.student.model.layers:
             block.mlp.requires_grad_(not arm.frozen_mlp)
-        self.stage("distill", distill, rate, self.divergence, sizes.points + (not arm.aligned))
+        self.stage("distill", distill, rates[1], self.divergence, sizes.points + (not arm.aligned))
         distances["end"] = self.relative()
         return {"curve": self.curve, "relative": distances, "seconds": time.perf_counter() - began}
 
@@ -214,21 +220,24 @@ def experiment(work: Work) -> Outcome:
         points=work.size(quick=2, default=4, full=5),
     )
     arms = work.size(quick=DEFAULT, default=DEFAULT, full=DEFAULT + MORE)
-    candidates = work.size(quick=(), default=(), full=CANDIDATES)
+    searched = work.scale == "full"
     teacher = teacher_of(work)
-    work.planned = 1 + len(arms) * (len(SEEDS) + max(0, len(candidates) - 1))
+    work.planned = 1 + len(arms) * (len(SEEDS) + (5 if searched else 0))
     kept = work.part("samples", lambda: sampled(teacher, sizes.rows + sizes.held_out, sizes.length, seed=1))
     rows, found = torch.tensor(kept), {}
     for arm in arms:
 
-        def trained(seed: int, rate: float, arm: Arm = arm) -> dict[str, Any]:
-            key = f"{arm.name}-{seed}-{rate:g}"
+        def trained(seed: int, rates: Rates, arm: Arm = arm) -> dict[str, Any]:
+            key = f"{arm.name}-{seed}-{rates[0]:g}-{rates[1]:g}"
             work.say(key)
-            return work.part(key, lambda: Lesson(work, arm, seed, teacher, rows, sizes).run(rate))
+            return work.part(key, lambda: Lesson(work, arm, seed, teacher, rows, sizes).run(rates))
 
-        tried = {rate: trained(SEEDS[0], rate)["curve"][-1]["kl"] for rate in candidates}
-        rate = min(tried, key=tried.__getitem__) if tried else RATES[arm.name]
-        found[arm.name] = (rate, [trained(seed, rate) for seed in SEEDS])
+        rates = RATES.get(arm.name, (1e-3, 1e-3))
+        if searched:
+            first = ALIGN_RATES if arm.aligned else ALIGN_RATES[:1]
+            tried = {pair: trained(SEEDS[0], pair)["curve"][-1]["kl"] for pair in product(first, RATES_AFTER)}
+            rates = min(tried, key=tried.__getitem__)
+        found[arm.name] = (rates, [trained(seed, rates) for seed in SEEDS])
     ceiling = ceiling_of(teacher, rows[sizes.rows :])
     table = [row(arm, teacher, *found[arm.name]) for arm in arms]
     shown, findings = judge(found, ceiling)
@@ -236,7 +245,7 @@ def experiment(work: Work) -> Outcome:
         table=table,
         shown=shown,
         findings=findings,
-        setup=setup(teacher, sizes, candidates),
+        setup=setup(teacher, sizes, searched),
         seeds=SEEDS,
         plot=lambda figure: draw(figure, {name: runs for name, (_, runs) in found.items()}, ceiling),
         figure_size=(9, 4),
@@ -249,7 +258,7 @@ def ceiling_of(teacher: Transformer, rows: Tensor) -> float:
     return float((teacher(rows[:, :-1])[0].argmax(-1) == rows[:, 1:]).double().mean())
 
 
-def row(arm: Arm, teacher: Transformer, rate: float, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def row(arm: Arm, teacher: Transformer, rates: Rates, runs: list[dict[str, Any]]) -> dict[str, Any]:
     student = arm.create(teacher, 0)
     sizes = {"tokens_seen": 256, "batch": 1, "itemsize": 4}
     before = [run["curve"][0]["kl"] for run in runs]
@@ -261,7 +270,7 @@ def row(arm: Arm, teacher: Transformer, rate: float, runs: list[dict[str, Any]])
         "parameters": sum(p.numel() for p in student.parameters()),
         "state bytes": student.config.state_nbytes(**sizes),
         "tokens": last[0]["tokens"],
-        "learning rate": f"{rate:g}",
+        "rates": f"{rates[0]:g}, {rates[1]:g}" if arm.aligned else f"{rates[1]:g}",
         **mean_spread("KL at first", before),
         **(
             mean_spread("KL when aligned", after) if arm.aligned else dict.fromkeys(mean_spread("KL when aligned", [0]))
@@ -272,7 +281,7 @@ def row(arm: Arm, teacher: Transformer, rate: float, runs: list[dict[str, Any]])
     }
 
 
-def judge(found: dict[str, tuple[float, list[dict[str, Any]]]], ceiling: float) -> tuple[bool, str]:
+def judge(found: dict[str, tuple[Rates, list[dict[str, Any]]]], ceiling: float) -> tuple[bool, str]:
     """The rule of adaptation.md E.1.3, on every seed."""
     last = {name: [run["curve"][-1] for run in runs] for name, (_, runs) in found.items()}
     pairs = list(zip(last["radlads"], last["arwkv"], last["scratch"], strict=True))
@@ -310,10 +319,14 @@ def _said(held: bool) -> str:
     return "holds" if held else "does not hold"
 
 
-def setup(teacher: Transformer, sizes: Sizes, candidates: tuple[float, ...]) -> str:
+def setup(teacher: Transformer, sizes: Sizes, searched: bool) -> str:
     c = teacher.config
-    listed = ", ".join(f"{rate:g}" for rate in candidates or CANDIDATES)
-    chosen = "found by this command" if candidates else "found once, and written down in the code"
+    firsts, seconds = (", ".join(f"{rate:g}" for rate in rates) for rates in (ALIGN_RATES, RATES_AFTER))
+    chosen = (
+        f"Peak rates of each arm are the best of {firsts} for alignment and {seconds} after it on the first seed."
+        if searched
+        else TRIED
+    )
     return f"""The teacher is BabyLlama: {c.num_hidden_layers} blocks of width {c.hidden_size}, {c.num_attention_heads}
 query heads of {c.head_dim}, {c.num_key_value_heads} key heads, {c.vocab_size} characters, tied head. The text is its
 own:
@@ -326,11 +339,11 @@ anew;
 `scratch` is the same model with nothing taken. Heads of {c.head_dim} and low ranks of 16 (gate 32) for all, so that
 states are equally large.
 
-A step reads {sizes.batch} rows. {sizes.align} steps align the mixers (peak rate 1e-3, a quarter cosine to 1e-5), then
-{sizes.distill} learn the teacher's distribution with all weights (half a cosine to a tenth of the peak); arms without
-alignment learn the distribution in all {sizes.align + sizes.distill}. AdamW (0.9, 0.95), warm-up 20, clip 1, no
-decay of
-weights. Peak rates of the second stage are the best of {listed} on the first seed for each arm, {chosen}."""
+A step reads {sizes.batch} rows. {sizes.align} steps align the mixers (a quarter cosine to 1e-5), then {sizes.distill}
+learn the teacher's distribution with all weights (half a cosine to a tenth of the peak); arms without
+alignment learn the
+distribution in all {sizes.align + sizes.distill}. AdamW (0.9, 0.95), warm-up 20, clip 1, no decay of weights.
+{chosen}"""
 
 
 def draw(figure: "Figure", runs: dict[str, list[dict[str, Any]]], ceiling: float) -> None:
