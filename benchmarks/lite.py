@@ -9,7 +9,7 @@ the cache has 1,000 rows; of 200 clusters of equal size 20 are computed.
 "formula MB" is the memory model of RWKV-Lite for the matrices alone, "with vectors MB" that of `rookery.engine.memory`,
 "resident MB" what the runtime counted while it wrote, "float16 /" the original's bytes by each. "mapped MB" are the
 pages of the file that the process had mapped afterwards: the system maps 64 KB around each byte that is read as long as
-memory is free.
+memory is free. With "lean" the runtime copies what a token needs from the file instead.
 """
 
 import argparse
@@ -125,6 +125,10 @@ def measure(folder: Path, name: str, threads: int, rounds: int) -> list[dict]:
     files["20%, int8"] = folder / "int8.safetensors"
     lite_file(files["20%, int8"], name, 0.2, int8=True)
     runners = {what: NativeRunner(path, threads=threads) for what, path in files.items()}
+    for what in [what for what in files if what != "float16"]:  # under names of their own, to count their pages apart
+        files[f"{what}, lean"] = folder / f"lean {files[what].name}"
+        files[f"{what}, lean"].hardlink_to(files[what])
+        runners[f"{what}, lean"] = NativeRunner(files[f"{what}, lean"], threads=threads, lean=True)
     before = {what: runner.read_counts() for what, runner in runners.items()}
     seconds = interleaved({what: decoder(runner, 1) for what, runner in runners.items()}, rounds=rounds)
     shapes = open_checkpoint(files["float16"]).shapes

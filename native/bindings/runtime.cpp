@@ -137,6 +137,10 @@ Lite lite_of(const nb::dict& from, const Config& c) {
   Lite lite;
   if (from.size() == 0) return lite;
   lite.embedding_rows = Config{from}.size("embedding_rows");
+  if (from.contains("file")) {
+    const auto mapped = nb::cast<nb::ndarray<nb::ro, const std::uint8_t, nb::c_contig, nb::device::cpu>>(from["mapped"]);
+    lite.file = std::make_shared<ModelFile>(nb::cast<std::string>(from["file"]), mapped.data(), mapped.size());
+  }
   for (const auto& layer : nb::list(from["layers"]))
     lite.layers.push_back(sparsity_of(nb::cast<nb::dict>(layer), c.size("hidden_size"), c.size("intermediate_size")));
   if (!lite.layers.empty() && static_cast<std::int64_t>(lite.layers.size()) != c.size("num_hidden_layers"))

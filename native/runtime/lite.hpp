@@ -8,7 +8,9 @@
 #include <cstring>
 #include <limits>
 #include <list>
+#include <memory>
 #include <mutex>
+#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -41,7 +43,28 @@ struct Clusters {
   bool is_on() const { return !starts.empty(); }
 };
 
+// The file that tensors are mapped from, for models that read what a token needs instead of touching its pages: the
+// system maps whole pages, and those around them, of which a token needs a part.
+class ModelFile {
+ public:
+  ModelFile() = default;
+  // `mapped`: `size` bytes of the file `path` from its start. Throws std::invalid_argument if it cannot be opened.
+  ModelFile(const std::string& path, const void* mapped, std::size_t size);
+  ~ModelFile();
+  ModelFile(const ModelFile&) = delete;
+  ModelFile& operator=(const ModelFile&) = delete;
+
+  // Copies mapped bytes, by reading the file; bytes that are elsewhere are copied from there.
+  void fetch(const std::byte* from, std::size_t count, std::byte* to) const;
+
+ private:
+  int descriptor_ = -1;
+  const std::byte* begin_ = nullptr;
+  std::size_t size_ = 0;
+};
+
 struct Lite {
+  std::shared_ptr<ModelFile> file;  // null: what is mapped is used where it lies
   std::int64_t embedding_rows = 0;  // that are kept in memory; 0: all are read where they lie
   std::vector<Sparsity> layers;     // empty, or one for every layer
   Clusters clusters;
@@ -57,8 +80,8 @@ struct LiteCounts {
 // Rows of the embedding that were used last, at most `capacity`.
 class EmbeddingCache {
  public:
-  EmbeddingCache(const Matrix& from, std::int64_t capacity)
-      : from_(from), row_(static_cast<std::size_t>(from.in) * bytes_of(from.format)), capacity_(capacity) {
+  EmbeddingCache(const Matrix& from, std::int64_t capacity, std::shared_ptr<ModelFile> file)
+      : from_(from), file_(std::move(file)), row_(static_cast<std::size_t>(from.in) * bytes_of(from.format)), capacity_(capacity) {
     memory_.resize(static_cast<std::size_t>(std::min(capacity, from.out)) * row_);
   }
 
@@ -79,12 +102,15 @@ class EmbeddingCache {
       }
       recent_.push_front({token, slot});
       where_[token] = recent_.begin();
-      std::memcpy(memory_.data() + slot * row_, static_cast<const std::byte*>(from_.data) + static_cast<std::size_t>(token) * row_, row_);
+      const auto* row = static_cast<const std::byte*>(from_.data) + static_cast<std::size_t>(token) * row_;
+      std::byte* place = memory_.data() + slot * row_;
+      if (file_)
+        file_->fetch(row, row_, place);
+      else
+        std::memcpy(place, row, row_);
     }
     std::memcpy(to, memory_.data() + recent_.front().slot * row_, row_);
   }
-
-  std::size_t row_bytes() const { return row_; }
 
  private:
   struct Entry {
@@ -92,6 +118,7 @@ class EmbeddingCache {
     std::size_t slot;
   };
   Matrix from_;
+  std::shared_ptr<ModelFile> file_;
   std::size_t row_;
   std::int64_t capacity_;
   std::vector<std::byte> memory_;

@@ -1,6 +1,7 @@
 // The steps of compressed models: guessed hidden units, and heads computed cluster by cluster.
 #include <cmath>
 #include <numeric>
+#include <vector>
 
 #include "core/scratch.hpp"
 #include "runtime/pass.hpp"
@@ -113,7 +114,7 @@ void Pass::guessed_units(const ChannelMix& mix, Range range) {
     std::iota(list, list + count, static_cast<std::int32_t>(range.begin));
   }
   if (is_packed(mix.key.format)) {
-    unpacked_units(mix, list, count);
+    unpacked_units(mix.key, list, count, 0, hidden_);
   } else {
     Product key = dense(mixed_, width, hidden_, hidden);
     if (sparse_) key.outputs = list;
@@ -127,20 +128,159 @@ void Pass::guessed_units(const ChannelMix& mix, Range range) {
   }
 }
 
-// Products with some units' key rows, which lie in packed columns.
-void Pass::unpacked_units(const ChannelMix& mix, const std::int32_t* list, int64_t count) {
+// Products with some units' key rows, which lie in packed columns; column 0 of `key` is unit `first`.
+void Pass::unpacked_units(
+    const Matrix& key, const std::int32_t* list, int64_t count, int64_t first, float* units) const {
   const int64_t width = sizes_.width;
   std::vector<float> rows(static_cast<std::size_t>(unpacked_rows * width));
   std::vector<float> results(static_cast<std::size_t>(unpacked_rows * count_));
   for (int64_t i = 0; i < count; i += unpacked_rows) {
     const int64_t some = std::min(unpacked_rows, count - i);
-    for (int64_t n = 0; n < some; ++n) shadow_.column(mix.key, list[i + n], 0, width, rows.data() + n * width);
+    for (int64_t n = 0; n < some; ++n) shadow_.column(key, list[i + n] - first, 0, width, rows.data() + n * width);
     const Matrix unpacked{rows.data(), Format::float32, Order::rows, some, width};
     multiply(unpacked, dense(mixed_, width, results.data(), unpacked_rows), {0, some});
     for (int64_t t = 0; t < count_; ++t)
       for (int64_t n = 0; n < some; ++n)
-        hidden_[t * sizes_.hidden + list[i + n]] = results[static_cast<std::size_t>(t * unpacked_rows + n)];
+        units[t * sizes_.hidden + list[i + n]] = results[static_cast<std::size_t>(t * unpacked_rows + n)];
   }
+}
+
+// As `guessed_units` and `hidden_columns`, part by part, with copies of the guessed units that are read from the file.
+void Pass::use_units(const ChannelMix& mix, Range range) {
+  for (int64_t part = range.begin; part < range.end; part += part_inputs)
+    fetched_units(mix, {part, std::min(range.end, part + part_inputs)});
+}
+
+void Pass::fetched_units(const ChannelMix& mix, Range part) {
+  const int64_t hidden = sizes_.hidden, width = sizes_.width;
+  std::int32_t* list = active_ + part.begin;
+  const int64_t count = find_active(list, part, [&](int64_t t, int64_t j) { return is_guessed_[t * hidden + j] != 0; });
+  model_.lite_counts.units.fetch_add(count, std::memory_order_relaxed);
+  model_.lite_counts.of_units.fetch_add(part.end - part.begin, std::memory_order_relaxed);
+  for (int64_t t = 0; t < count_; ++t) std::fill(hidden_ + t * hidden + part.begin, hidden_ + t * hidden + part.end, 0.0f);
+
+  static thread_local std::vector<std::byte> copies;
+  const bool packed = is_packed(mix.key.format);
+  const Matrix whole{nullptr, mix.key.format, Order::columns, mix.key.out, part.end - part.begin};
+  const auto size = packed ? whole.bytes() : static_cast<std::size_t>(count * 2 * width) * bytes_of(mix.key.format);
+  if (copies.size() < size) copies.resize(size);
+  fetch_units(mix, list, count, part, copies.data());
+  Matrix value = whole;
+  value.data = copies.data();
+  if (packed) {
+    unpacked_units(value, list, count, part.begin, hidden_);
+  } else {
+    const Matrix key{copies.data(), mix.key.format, Order::rows, count, width, 2 * width};
+    std::vector<float> results(static_cast<std::size_t>(count * count_));
+    multiply(key, dense(mixed_, width, results.data(), count), {0, count});
+    for (int64_t t = 0; t < count_; ++t)
+      for (int64_t n = 0; n < count; ++n)
+        hidden_[t * hidden + list[n]] = results[static_cast<std::size_t>(t * count + n)];
+    value = {copies.data() + static_cast<std::size_t>(width) * bytes_of(key.format), key.format, Order::columns, width,
+             count, 2 * width};
+  }
+  for (int64_t t = 0; t < count_; ++t) {
+    float* units = hidden_ + t * hidden;
+    for (int64_t n = 0; n < count; ++n)
+      if (!is_guessed_[t * hidden + list[n]]) units[list[n]] = 0;
+    relu_squared_.forward[0](units, units, part.begin, part.end);
+  }
+  fetched_columns(mix, list, count, part, value);
+}
+
+// Units one after the other, or, packed, at their places in the groups of the part.
+void Pass::fetch_units(
+    const ChannelMix& mix, const std::int32_t* list, int64_t count, Range part, std::byte* to) const {
+  const auto* from = static_cast<const std::byte*>(mix.key.data);
+  const ModelFile& file = *model_.file_;
+  if (!is_packed(mix.key.format)) {
+    const auto size = static_cast<std::size_t>(2 * sizes_.width) * bytes_of(mix.key.format);
+    for (int64_t n = 0; n < count; ++n)
+      file.fetch(from + static_cast<std::size_t>(list[n]) * size, size, to + static_cast<std::size_t>(n) * size);
+    return;
+  }
+  const Packing how = packing(mix.key.format);
+  const int64_t group_bytes = how.group_bytes(mix.key.out), scales = how.column_scales(mix.key.out) * 2;
+  const int64_t row = how.lines(mix.key.out) * Packing::line;
+  const int64_t first = part.begin / how.group;
+  for (int64_t g = first; g < how.groups(part.end); ++g)
+    file.fetch(from + g * group_bytes, static_cast<std::size_t>(scales), to + (g - first) * group_bytes);
+  for (int64_t n = 0; n < count; ++n) {
+    const int64_t g = list[n] / how.group, at = scales + list[n] % how.group * row;
+    file.fetch(from + g * group_bytes + at, static_cast<std::size_t>(row), to + (g - first) * group_bytes + at);
+  }
+}
+
+// What the part's units give, without the columns of those that are zero for every token.
+void Pass::fetched_columns(
+    const ChannelMix& mix, const std::int32_t* list, int64_t count, Range part, const Matrix& value) {
+  const int64_t hidden = sizes_.hidden, width = sizes_.width, number = part.begin / part_inputs;
+  std::vector<std::int32_t> active;
+  std::vector<float> compact;
+  Product product = dense(nullptr, hidden, partial_ - mix.value_from + number * count_ * width, width);
+  if (is_packed(value.format)) {
+    const Integers all = hidden_integers(mix.value);
+    product_.quantise(hidden_, hidden, part.begin, part.end, 0, count_, all);
+    // those of the part alone, from token to token in rows of their own
+    const Packing how = packing(value.format);
+    const int64_t groups = how.groups(value.in), stride = groups * how.group;
+    compact.resize(static_cast<std::size_t>(Integers::floats(count_, stride, how.group) + 16));
+    auto* memory = reinterpret_cast<float*>((reinterpret_cast<std::uintptr_t>(compact.data()) + 63) / 64 * 64);
+    product.integers = Integers(memory, count_, stride, how.group);
+    for (int64_t t = 0; t < count_; ++t) {
+      const int64_t at = t * all.groups() + part.begin / how.group;
+      std::copy_n(all.values + t * all.stride + part.begin, stride, product.integers.values + t * stride);
+      std::copy_n(all.scales + at, groups, product.integers.scales + t * groups);
+      std::copy_n(all.balance + at, groups, product.integers.balance + t * groups);
+    }
+    for (int64_t n = 0; n < count; ++n) {
+      const std::int32_t j = list[n] - static_cast<std::int32_t>(part.begin);
+      bool is_used = false;
+      for (int64_t t = 0; t < count_; ++t) is_used |= product.integers.values[t * stride + j] != 0;
+      if (is_used) active.push_back(j);
+    }
+  } else {
+    compact.resize(static_cast<std::size_t>(count_ * count));
+    for (int64_t n = 0; n < count; ++n) {
+      bool is_used = false;
+      for (int64_t t = 0; t < count_; ++t) {
+        const float unit = hidden_[t * hidden + list[n]];
+        compact[static_cast<std::size_t>(t * count + n)] = unit;
+        is_used |= unit != 0;
+      }
+      if (is_used) active.push_back(static_cast<std::int32_t>(n));
+    }
+    product.x = compact.data();
+    product.x_stride = count;
+  }
+  static const std::int32_t nothing = 0;
+  product.active = active.empty() ? &nothing : active.data();
+  product.active_count = static_cast<int64_t>(active.size());
+  product.part_stride = count_ * width;
+  product.part_end = 1;
+  multiply(value, product, {mix.value_from, mix.value_from + width});
+  model_.ffn_reads.fetch_add(product.active_count, std::memory_order_relaxed);
+  model_.ffn_columns.fetch_add(part.end - part.begin, std::memory_order_relaxed);
+}
+
+// Exact logits of a cluster's tokens, of weights that are read from the file.
+void Pass::exact_logits(std::int32_t cluster, const Product& product) const {
+  const Matrix& head = model_.head_;
+  const auto& starts = model_.clusters_.starts;
+  const int64_t unit = is_packed(head.format) ? Packing::panel : 1;
+  const int64_t begin = starts[static_cast<std::size_t>(cluster)], end = starts[static_cast<std::size_t>(cluster) + 1];
+  const int64_t first = begin / unit * unit, last = std::min((end + unit - 1) / unit * unit, head.out);
+  Matrix some = head;
+  some.out = last - first;
+  Matrix before = head;
+  before.out = first;
+  static thread_local std::vector<std::byte> copies;
+  if (copies.size() < some.bytes()) copies.resize(some.bytes());
+  model_.file_->fetch(static_cast<const std::byte*>(head.data) + before.bytes(), some.bytes(), copies.data());
+  some.data = copies.data();
+  Product moved = product;
+  moved.y += first;
+  multiply(some, moved, {begin - first, end - first});
 }
 
 // Logits of one row: exact for tokens of the likeliest clusters; those of every other cluster share its guessed
@@ -182,7 +322,12 @@ void Pass::head_by_clusters(int64_t row) {
     rows += range.end - range.begin;
   }
   const Product exact = one(model_.head_, sorted_logits_);
-  shared_out(rows, 16, model_.head_.bytes_of_output(), [&](Range part) {
+  if (model_.file_)
+    parallel_for(static_cast<int>(chosen), threads_, [&](int i) {
+      exact_logits(order[static_cast<std::size_t>(i)], exact);
+    });
+  else
+    shared_out(rows, 16, model_.head_.bytes_of_output(), [&](Range part) {
     int64_t first = 0;
     for (int64_t i = 0; i < chosen; ++i) {
       const Range range = rows_of(order[static_cast<std::size_t>(i)]);

@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "core/threads.hpp"
+#include "kernels/product.hpp"
 
 namespace rookery {
 
@@ -59,7 +60,8 @@ void Model::read_ends(Reader& reader) {
   const Lite& lite = reader.weights.lite;
   clusters_ = lite.clusters;
   if (clusters_.is_on()) clusters_.first = reader.matrix("head_l1.weight", clusters_.count(), sizes.width);
-  if (lite.embedding_rows > 0) cache_ = std::make_unique<EmbeddingCache>(embedding_, lite.embedding_rows);
+  if (lite.embedding_rows > 0) cache_ = std::make_unique<EmbeddingCache>(embedding_, lite.embedding_rows, lite.file);
+  file_ = lite.file;
 }
 
 void Model::read_channel_mix(
@@ -110,7 +112,9 @@ void Model::forward(
     float* logits, int threads) const {
   if (threads <= 0) threads = available_cores();
   // so many tokens share one reading of the weights; more would only take more memory
-  const int64_t most = std::clamp<int64_t>(196608 / sizes.width, 32, 256);
+  int64_t most = std::clamp<int64_t>(196608 / sizes.width, 32, 256);
+  // nor are so many read together that they need all hidden units
+  if (file_) most = product_kernels(isa).few_tokens;
   auto memory = workspaces_.take();
   std::vector<Segment> piece;
   int64_t first = 0, count = 0;

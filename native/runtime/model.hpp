@@ -144,6 +144,7 @@ class Model {
   Matrix embedding_, head_;
   std::vector<ChannelMix> channel_mixes_;
   Clusters clusters_;
+  std::shared_ptr<ModelFile> file_;  // null: mapped weights are used where they lie
   std::unique_ptr<EmbeddingCache> cache_;
   std::int64_t largest_rank_ = 0;  // of factored projections
   std::vector<std::shared_ptr<std::byte[]>> copies_;

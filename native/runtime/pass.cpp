@@ -184,11 +184,15 @@ void Pass::channel_mix(std::size_t i) {
     const Range of_hidden{range.begin, std::min(range.end, hidden)};
     const Range of_gate{std::max(range.begin, units) - units, range.end - units};
     if (!of_hidden.empty()) {
-      if (guesses)
-        guessed_units(mix, of_hidden);
-      else
-        hidden_units(mix, key, of_hidden);
-      if (sparse_) hidden_columns(mix, of_hidden);
+      if (guesses && sparse_ && model_.file_) {
+        use_units(mix, of_hidden);
+      } else {
+        if (guesses)
+          guessed_units(mix, of_hidden);
+        else
+          hidden_units(mix, key, of_hidden);
+        if (sparse_) hidden_columns(mix, of_hidden);
+      }
     }
     if (!of_gate.empty()) multiply(mix.receptance, gate, of_gate);
   });

@@ -146,7 +146,13 @@ class Pass {
   void guess_units(const ChannelMix& mix);
   void choose_largest(const Sparsity& guess, std::int64_t token) const;
   void guessed_units(const ChannelMix& mix, Range range);
-  void unpacked_units(const ChannelMix& mix, const std::int32_t* list, std::int64_t count);
+  void unpacked_units(
+      const Matrix& key, const std::int32_t* list, std::int64_t count, std::int64_t first, float* units) const;
+  void use_units(const ChannelMix& mix, Range range);
+  void fetched_units(const ChannelMix& mix, Range part);
+  void fetch_units(const ChannelMix& mix, const std::int32_t* list, std::int64_t count, Range part, std::byte* to) const;
+  void fetched_columns(const ChannelMix& mix, const std::int32_t* list, std::int64_t count, Range part, const Matrix& value);
+  void exact_logits(std::int32_t cluster, const Product& product) const;
   void add_hidden_columns(const ChannelMix& mix, float* y);
   void multiply_hidden(const Matrix& value, std::int64_t from, float* y);
   void head();

@@ -22,6 +22,7 @@ def test_a_model_is_compressed_and_generates(cli, small):
     code, out, _ = cli("generate", "--model", small, "hello", "-n", "5", "--seed", "1")
     assert code == 0
     assert out
+    assert cli("generate", "--lean", "--model", small, "hello", "-n", "5", "--seed", "1")[1] == out
 
 
 def test_what_was_done_is_told(cli, model_path, tmp_path):

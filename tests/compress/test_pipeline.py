@@ -98,6 +98,24 @@ def test_all_units_and_clusters_give_the_plain_model_bit_for_bit(plain, tmp_path
         np.testing.assert_array_equal(run(out, ids, one_by_one=one_by_one)[0], want)
 
 
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_lean_run_gives_the_same_bits(tmp_path, int8):
+    # 300 units end within a group of 64, and within a part of 128
+    save_model(randomised("rwkv7-test", dtype=torch.float32, intermediate_size=300), tmp_path / "plain.safetensors")
+    out = tmp_path / "small.safetensors"
+    compress(tmp_path / "plain.safetensors", out, replace(EVERYTHING, int8=int8))
+    ids = tokens(load(out), 60)[0].tolist()
+    want, mapped = run(out, ids)
+    got, lean = run(out, ids, lean=True, threads=2)
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(run(out, ids, lean=True, one_by_one=True)[0], want)
+    assert lean.read_counts()["head_rows"] == mapped.read_counts()["head_rows"]
+    with pytest.raises(BadCheckpoint, match="is not compressed, and lean is for models that are"):
+        NativeRunner(tmp_path / "plain.safetensors", lean=True)
+    with pytest.raises(ValueError, match="lean is for the compiled runtime"):
+        rookery.LLM(out, lean=True, device="cpu")
+
+
 @pytest.mark.parametrize("capacity", [1, 2, 64])
 def test_the_cache_of_the_embedding_changes_nothing(seven, small7, capacity, tmp_path):
     model = load(small7)

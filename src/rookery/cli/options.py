@@ -32,6 +32,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-m", "--model", metavar="PATH", help="model file, folder or Hub id (the embedded model)")
     group.add_argument("--tokenizer", metavar="NAME", help="world, 20b, bytes, or a vocabulary file (found by itself)")
     group.add_argument("--quantize", metavar="TYPE", help="int8 or int4: smaller weights (the file's precision)")
+    group.add_argument("--lean", action="store_true", help="hold no more of a compressed model than tokens need")
     group.add_argument("--threads", type=int, metavar="N", help="threads (all cores; one for a small model)")
     group.add_argument("--isa", metavar="NAME", help="force an instruction set, as avx2; `rookery doctor` lists them")
     group.add_argument("--adapter", metavar="FILE", help="merge an adapter of RWKV-PEFT or a folder of peft")
@@ -125,6 +126,7 @@ def load_llm(args: argparse.Namespace, template: str | None = None) -> LLM:
     return LLM(
         args.model,
         quantize=args.quantize,
+        lean=args.lean,
         threads=args.threads,
         isa=args.isa,
         device=args.device,

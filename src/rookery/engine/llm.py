@@ -43,7 +43,8 @@ class LLM:
     found when text is first needed. `template` names the form of a conversation that the model was trained on ("g1",
     "world", "raven"), where its file name does not tell. `adapter` is a file of RWKV-PEFT or a folder of peft
     that is merged into the weights, `adapter_alpha` the alpha of a LoRA whose file does not say it.
-    `settings` are fields of the model's config that no file tells, as {"bits": 4} for a 4-bit ROSA model. Raises
+    `settings` are fields of the model's config that no file tells, as {"bits": 4} for a 4-bit ROSA model. `lean`, for
+    compressed models on the compiled runtime, holds no more of the file in memory than tokens need. Raises
     BadCheckpoint for what is no model, BackendUnavailable or MissingDependency for what cannot run here.
     """
 
@@ -60,6 +61,7 @@ class LLM:
         adapter: str | os.PathLike[str] | None = None,
         adapter_alpha: float | None = None,
         settings: Mapping[str, Any] | None = None,
+        lean: bool = False,
     ) -> None:
         if quantize is not None and quantize not in FORMATS:
             supported = ", ".join(map(repr, FORMATS))
@@ -73,7 +75,7 @@ class LLM:
             from rookery.checkpoints.adapter import adapted
 
             checkpoint = adapted(checkpoint, adapter, alpha=adapter_alpha)
-        self._set(_runner(checkpoint, threads, isa, device, quantize), checkpoint, tokenizer, template)
+        self._set(_runner(checkpoint, threads, isa, device, quantize, lean), checkpoint, tokenizer, template)
 
     @classmethod
     def from_runner(
@@ -299,7 +301,12 @@ def _start(checkpoint: Checkpoint, runner: Runner) -> Mapping[str, np.ndarray] |
 
 
 def _runner(
-    checkpoint: Checkpoint, threads: int | None, isa: str | None, device: str | None, quantize: str | None
+    checkpoint: Checkpoint,
+    threads: int | None,
+    isa: str | None,
+    device: str | None,
+    quantize: str | None,
+    lean: bool = False,
 ) -> Runner:
     """The model on `device`, or on the compiled runtime where that can run it, or with torch on the CPU."""
     if checkpoint.family.kind != "language":
@@ -307,6 +314,8 @@ def _runner(
             f"{checkpoint.path!r} is a model of kind {checkpoint.family.kind!r}; LLM runs language models"
         )
     if device is not None:
+        if lean:
+            raise ValueError(f"lean is for the compiled runtime, device={device!r} for torch; give one of the two")
         if isa is not None:
             raise ValueError(
                 f"isa={isa!r} is for the compiled runtime, device={device!r} for torch; give one of the two"
@@ -319,9 +328,9 @@ def _runner(
     from rookery.engine.runners.native import NativeRunner
 
     try:
-        return NativeRunner(checkpoint, threads=threads, isa=isa, quantize=quantize)
+        return NativeRunner(checkpoint, threads=threads, isa=isa, quantize=quantize, lean=lean)
     except BackendUnavailable as reason:
-        if isa is not None or quantize is not None:
+        if isa is not None or quantize is not None or lean:
             raise
         log.info("%s; torch runs it", reason)
         return _torch_runner(checkpoint, threads, "cpu", str(reason))

@@ -131,12 +131,15 @@ class Breakdown:
 
 
 def measure(checkpoint: Checkpoint, *, tokens: int = 64, threads: int | None = None) -> Breakdown:
-    """Decodes some tokens greedily with the compiled runtime and says which bytes of the model that took."""
+    """Decodes some tokens greedily with the compiled runtime and says which bytes of the model that took.
+
+    A compressed model runs `lean`, so that the process has in memory what the runtime counts.
+    """
     from rookery.engine.runners.lite import resident_bytes
     from rookery.engine.runners.native import NativeRunner
 
     before = peak_bytes()
-    runner = NativeRunner(checkpoint, threads=threads)
+    runner = NativeRunner(checkpoint, threads=threads, lean=bool(checkpoint.lite))
     counts, state, token = runner.read_counts(), runner.init_state(), 0
     for _ in range(tokens):
         token = int(runner.forward([token], state)[0].argmax())

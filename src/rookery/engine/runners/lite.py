@@ -27,12 +27,18 @@ def file_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
     }
 
 
-def guessing(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What `rookery._native.Model` takes as `lite`; BadCheckpoint where manifest and tensors do not fit."""
+def guessing(checkpoint: Checkpoint, lean: bool = False) -> dict[str, Any]:
+    """What `rookery._native.Model` takes as `lite`; BadCheckpoint where manifest and tensors do not fit.
+
+    With `lean` units, rows of the head and of the embedding are read from the file into small buffers when they are
+    needed, in place of touching pages of the mapped file.
+    """
     manifest = read_manifest(checkpoint)
     assert manifest is not None
     layers, config = checkpoint.config.num_hidden_layers, checkpoint.config
     told: dict[str, Any] = {"embedding_rows": manifest.embedding_rows, "layers": []}
+    if lean and (found := _mapped_file(checkpoint.lite["emb.weight"].read())):
+        told["file"], told["mapped"] = found
     if manifest.sparsity is not None:
         if len(manifest.sparsity.thresholds) != layers:
             raise BadCheckpoint(
@@ -51,6 +57,16 @@ def guessing(checkpoint: Checkpoint) -> dict[str, Any]:
             "most": manifest.head.most,
         }
     return told
+
+
+def _mapped_file(tensor: np.ndarray) -> tuple[str, np.ndarray] | None:
+    """Path and bytes of the mapped file that a tensor lies in."""
+    memory: Any = tensor
+    while isinstance(memory, np.ndarray) and not isinstance(memory, np.memmap):
+        memory = memory.base
+    if not isinstance(memory, np.memmap) or memory.filename is None:
+        return None
+    return str(memory.filename), memory.view(np.ndarray)
 
 
 def _numbers(tensors: Mapping[str, Stored], name: str) -> np.ndarray:

@@ -66,7 +66,8 @@ class NativeRunner:
     `threads` (all cores, or one for a small model), `isa` ("avx2", …; the best that this machine has) and `dtype`
     ("float32", "bfloat16", "float16"; that of the file) may be chosen. Weights of the file that can be used as they are
     stay in the mapped file. `quantize` ("int8", "int4") packs the large matrices, those of the file that have no more
-    bits already being left as they are. Logits do not depend on `threads`, nor on how tokens are cut into calls and
+    bits already being left as they are. `lean` keeps a compressed model's pages out of memory: what a token needs is
+    copied from the file, which is slower. Logits do not depend on `threads`, nor on how tokens are cut into calls and
     batches.
     Raises BackendUnavailable for a family that the runtime does not know, UnknownName for another `isa` or `dtype`.
     """
@@ -81,6 +82,7 @@ class NativeRunner:
         isa: str | None = None,
         dtype: str | None = None,
         quantize: str | None = None,
+        lean: bool = False,
     ) -> None:
         try:
             from rookery import _native
@@ -117,7 +119,11 @@ class NativeRunner:
                 f"{checkpoint.path!r} is compressed and cannot be quantised on the way; compress the original with int8"
             )
         tensors, packed = _tensors(checkpoint, DTYPES[dtype] if dtype else None, quantize)
-        lite = guessing(checkpoint) if self.lite else {}
+        if lean and not self.lite:
+            raise BadCheckpoint(
+                f"{checkpoint.path!r} is not compressed, and lean is for models that are; compress it first"
+            )
+        lite = guessing(checkpoint, lean) if self.lite else {}
         self.formats = {name: packed[name][0] if name in packed else _name(tensor) for name, tensor in tensors.items()}
         """Official tensor name -> format of its weights."""
         self.nbytes = {name: tensor.nbytes for name, tensor in tensors.items()}
