@@ -37,6 +37,8 @@ FIRST_PAIR = "init_pissa.pth"
 WRAPPED = ("base_model.model.", "base_model.", "model.base_model.model.")
 INSIDE = ("model.blocks.", "model.emb.", "model.ln_out.", "model.head.", "model.model.", "model.lm_head.")
 """How names begin where the model was wrapped for transformers (`rookery.hf`): one "model." more."""
+HELD = "adapters"
+"""In a model's metadata: the digests of adapters that are merged into it."""
 SHARED = {"miss_block": True, "bone_block": True, "bone": True, "disha": False}
 """Name of a factor that is shared among blocks -> whether its form [n, r, r] is per row of blocks, else per column.
 
@@ -109,14 +111,22 @@ def read_adapter(path: str | os.PathLike[str], *, alpha: float | None = None) ->
 
 
 def adapted(
-    checkpoint: Checkpoint, adapter: Adapter | str | os.PathLike[str], *, alpha: float | None = None
+    checkpoint: Checkpoint,
+    adapter: Adapter | str | os.PathLike[str],
+    *,
+    alpha: float | None = None,
+    undo: bool = False,
+    sequential: bool = False,
 ) -> Checkpoint:
     """`checkpoint` with the adapter merged into its weights as they are read; BadCheckpoint for another base.
 
-    `alpha` is that of a LoRA whose file does not say it. Merged weights keep the precision of the base.
+    `alpha` is that of a LoRA whose file does not say it. Merged weights keep the precision of the base. With `undo` the
+    adapter is taken out of the weights again, up to what their precision kept. A model that holds the adapter already
+    is refused; so is BAT in a model that holds another one, which makes a difference to it, unless `sequential`.
     """
     if not isinstance(adapter, Adapter):
         adapter = read_adapter(adapter, alpha=alpha)
+    held = _held(checkpoint, adapter, undo=undo, sequential=sequential)
     states = states_among(adapter.whole)
     tensors = _in_names_of(adapter, checkpoint)
     changed: dict[str, Stored] = {}
@@ -124,15 +134,52 @@ def adapted(
         name = f"{module}.weight"
         if name not in tensors:
             raise adapter.fail(f"{_other_base(adapter, checkpoint)}: that one has no {short(name)}")
-        changed[name] = _merged(tensors[name], module, factors, adapter, checkpoint)
+        changed[name] = _merged(tensors[name], module, factors, adapter, checkpoint, undo=undo)
     for name, tensor in adapter.whole.items():
         if name not in states:
             changed[name] = _replaced(name, tensor, tensors, adapter, checkpoint)
     official = _official(checkpoint, tensors | changed)
-    metadata = {**checkpoint.metadata, "fingerprint": _fingerprint(checkpoint, adapter)}
+    metadata = {**checkpoint.metadata, "fingerprint": _fingerprint(checkpoint, adapter), HELD: ",".join(held)}
+    if undo:
+        del metadata["fingerprint"]  # that of the weights as they are, which is the base's
     kept = {**checkpoint.kept, **states}
     log.info("%s: %d weights changed by %s", checkpoint.path, len(changed), adapter.path)
     return replace(checkpoint, tensors=official, metadata=metadata, kept=kept, unused=tuple(kept), lite={})
+
+
+def _held(checkpoint: Checkpoint, adapter: Adapter, *, undo: bool, sequential: bool) -> list[str]:
+    """What the model will hold, by `_digest`; BadCheckpoint where it must not be merged, or cannot be taken out."""
+    own, marked = _digest(adapter), HELD in checkpoint.metadata
+    held = [mark for mark in checkpoint.metadata.get(HELD, "").split(",") if mark]
+    if undo:
+        if adapter.whole:
+            raise adapter.fail(f"{short(next(iter(adapter.whole)))} was trained whole: what was there before is gone")
+        if marked and own not in held:
+            raise adapter.fail(f"{checkpoint.path!r} does not hold this adapter; it cannot be taken out")
+        if not marked:
+            log.warning("%s does not say which adapters it holds; %s is taken out all the same", checkpoint.path, own)
+        return [mark for mark in held if mark != own]
+    if own in held:
+        raise adapter.fail(
+            f"{checkpoint.path!r} holds this adapter already: merged again it would count twice; take the model that "
+            "it was trained on"
+        )
+    bat = any(len(factor.shape) == 3 for factors in adapter.factors.values() for factor in factors.values())
+    if held and bat and not sequential:
+        raise adapter.fail(
+            f"{checkpoint.path!r} holds another adapter, and BAT multiplies what it finds: the order matters. Merge it "
+            "first, or say that this order is meant with --allow-sequential (sequential=True)"
+        )
+    return [*held, own]
+
+
+def _digest(adapter: Adapter) -> str:
+    """Names an adapter by its numbers and its strength."""
+    digest = hashlib.sha256(f"{adapter.alpha} {adapter.settings.get('lora_alpha')}".encode())
+    tensors = {f"{m}.{name}": t for m, factors in adapter.factors.items() for name, t in factors.items()}
+    for name, tensor in sorted((tensors | dict(adapter.whole)).items()):
+        digest.update(name.encode() + np.ascontiguousarray(tensor.read()).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -191,11 +238,11 @@ def _reshaped(tensor: Stored, shape: tuple[int, ...]) -> Stored:
 
 
 def _merged(
-    base: Stored, module: str, factors: Mapping[str, Stored], adapter: Adapter, checkpoint: Checkpoint
+    base: Stored, module: str, factors: Mapping[str, Stored], adapter: Adapter, checkpoint: Checkpoint, *, undo: bool
 ) -> Stored:
-    """The weight with the adapter in it, computed when it is read."""
+    """The weight with the adapter in it, or without it again, computed when it is read."""
     try:  # shapes are compared now, not when a long conversion has come to this weight
-        change = _rule(base.shape, module, factors, adapter)
+        change = _rule(base.shape, module, factors, adapter, undo=undo)
     except rules.Misfit as misfit:
         raise adapter.fail(f"{_other_base(adapter, checkpoint)}: {module}: {misfit}") from None
 
@@ -206,7 +253,7 @@ def _merged(
     return Stored(base.shape, base.dtype, read, base.dtype.name, base.nbytes)
 
 
-def _rule(shape: rules.Shape, module: str, factors: Mapping[str, Stored], adapter: Adapter) -> Change:
+def _rule(shape: rules.Shape, module: str, factors: Mapping[str, Stored], adapter: Adapter, *, undo: bool) -> Change:
     """What the factors do to a weight of this shape; Misfit where they cannot belong to it."""
     shapes = {name: tensor.shape for name, tensor in factors.items()}
     if len(shape) != 2:
@@ -218,19 +265,24 @@ def _rule(shape: rules.Shape, module: str, factors: Mapping[str, Stored], adapte
             # the oldest files of RWKV-PEFT keep [out, r]; peft's [r, out / n] must not be taken for it
             turned = name in ("bone", "disha") and shapes[name][1] != shape[0] == shapes[name][0]
             rules.check_shards(shape, shapes[name][::-1] if turned else shapes[name])
-            return lambda weight, values: rules.shards(weight, values[name].T if turned else values[name])
+            return lambda weight, values: rules.shards(weight, values[name].T if turned else values[name], undo=undo)
         if len(shapes[name]) == 3:
             rules.check_blocks(shape, shapes[name], by_rows=SHARED[name])
+            if undo:
+                rules.check_inverse(factors[name].read())
+                return lambda weight, values: rules.without_affine_blocks(weight, values[name], by_rows=SHARED[name])
             return lambda weight, values: rules.affine_blocks(weight, values[name], by_rows=SHARED[name])
     if any(name not in KNOWN for name in shapes):
         raise rules.Misfit(f"its tensors {', '.join(map(short, shapes))} are of no kind that is known")
     if "lora_embedding_A" in shapes or "lora_embedding_B" in shapes:
         rules.check_table(shape, shapes)
         scale = adapter.scale(module, shapes["lora_embedding_A"][0])
-        return partial(rules.table, scale=scale)
+        return partial(rules.table, scale=scale, undo=undo)
     rules.check_low_rank(shape, shapes)
+    if undo and "lora_magnitude_vector" in shapes:
+        raise rules.Misfit("DoRA forgets the length of the rows that it found: what was there before is gone")
     scale = 1.0 if "init_lora_A" in shapes else adapter.scale(module, shapes["lora_A"][0])
-    return partial(rules.low_rank, scale=scale)
+    return partial(rules.low_rank, scale=scale, undo=undo)
 
 
 def _replaced(
@@ -258,8 +310,4 @@ def _other_base(adapter: Adapter, checkpoint: Checkpoint) -> str:
 
 def _fingerprint(checkpoint: Checkpoint, adapter: Adapter) -> str:
     """Names the merged model: its states are not those of the base."""
-    digest = hashlib.sha256(f"{checkpoint.fingerprint()} {adapter.alpha} {adapter.settings.get('lora_alpha')}".encode())
-    tensors = {f"{m}.{name}": t for m, factors in adapter.factors.items() for name, t in factors.items()}
-    for name, tensor in sorted((tensors | dict(adapter.whole)).items()):
-        digest.update(name.encode() + np.ascontiguousarray(tensor.read()).tobytes())
-    return digest.hexdigest()[:32]
+    return hashlib.sha256(f"{checkpoint.fingerprint()} {_digest(adapter)}".encode()).hexdigest()[:32]

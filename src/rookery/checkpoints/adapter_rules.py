@@ -13,12 +13,13 @@ class Misfit(ValueError):
     """The factors do not fit the weight; the message says how."""
 
 
-def low_rank(weight: np.ndarray, factors: Factors, scale: float) -> np.ndarray:
+def low_rank(weight: np.ndarray, factors: Factors, scale: float, *, undo: bool = False) -> np.ndarray:
     """LoRA: W + s·B·A, with A [r, in] and B [out, r]; less PiSSA's first pair where the file has it (scale 1)."""
     a, b = factors["lora_A"], factors["lora_B"]
+    sign = -1 if undo else 1
     if "init_lora_A" in factors:
-        return weight - factors["init_lora_B"] @ factors["init_lora_A"] + b @ a
-    merged = weight + scale * (b @ a)
+        return weight + sign * (b @ a - factors["init_lora_B"] @ factors["init_lora_A"])
+    merged = weight + sign * scale * (b @ a)
     magnitude = factors.get("lora_magnitude_vector")
     if magnitude is None:
         return merged
@@ -26,16 +27,17 @@ def low_rank(weight: np.ndarray, factors: Factors, scale: float) -> np.ndarray:
     return magnitude.reshape(-1, 1) * merged / np.linalg.norm(merged, axis=1, keepdims=True)
 
 
-def table(weight: np.ndarray, factors: Factors, scale: float) -> np.ndarray:
+def table(weight: np.ndarray, factors: Factors, scale: float, *, undo: bool = False) -> np.ndarray:
     """LoRA of an embedding [tokens, width]: A [r, tokens], B [width, r]."""
-    return weight + scale * (factors["lora_embedding_B"] @ factors["lora_embedding_A"]).T
+    return weight + (-scale if undo else scale) * (factors["lora_embedding_B"] @ factors["lora_embedding_A"]).T
 
 
-def shards(weight: np.ndarray, shared: np.ndarray) -> np.ndarray:
+def shards(weight: np.ndarray, shared: np.ndarray, *, undo: bool = False) -> np.ndarray:
     """MiSS, once Bone: every column i gets row i mod r of D [r, out]; D [r, out / n] is repeated n times."""
     outputs, inputs = weight.shape
     shared = np.tile(shared, (1, outputs // shared.shape[1]))
-    return weight + shared[np.arange(inputs) % shared.shape[0]].T
+    change = shared[np.arange(inputs) % shared.shape[0]].T
+    return weight - change if undo else weight + change
 
 
 def affine_blocks(weight: np.ndarray, blocks: np.ndarray, *, by_rows: bool) -> np.ndarray:
@@ -45,6 +47,23 @@ def affine_blocks(weight: np.ndarray, blocks: np.ndarray, *, by_rows: bool) -> n
     factor = blocks[:, None] if by_rows else blocks[None]
     changed = cut + cut @ factor + factor
     return changed.swapaxes(1, 2).reshape(outputs, inputs)
+
+
+def without_affine_blocks(weight: np.ndarray, blocks: np.ndarray, *, by_rows: bool) -> np.ndarray:
+    """What `affine_blocks` was given: blocks (W'[a, b] − B)·(I + B)⁻¹, in float64."""
+    (outputs, inputs), r = weight.shape, blocks.shape[1]
+    cut = weight.astype(np.float64).reshape(outputs // r, r, inputs // r, r).swapaxes(1, 2)
+    factor = blocks.astype(np.float64)
+    inverse = np.linalg.inv(np.eye(r) + factor)
+    factor, inverse = (x[:, None] if by_rows else x[None] for x in (factor, inverse))
+    return ((cut - factor) @ inverse).swapaxes(1, 2).reshape(outputs, inputs).astype(weight.dtype)
+
+
+def check_inverse(blocks: np.ndarray) -> None:
+    """Misfit where BAT has mapped different weights to one: I + B cannot be turned round."""
+    worst = float(np.linalg.cond(np.eye(blocks.shape[1]) + blocks.astype(np.float64)).max())
+    if not worst < 1e7:
+        raise Misfit(f"I + B has the condition number {worst:.1g}: what was there before cannot be computed")
 
 
 def check_low_rank(weight: Shape, factors: Mapping[str, Shape]) -> None:

@@ -20,7 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DST",
         help="its ending names the format (.safetensors, .pth, .gguf, .bin); without one, a folder with config.json",
     )
-    parser.add_argument("--to", metavar="NAME", help="official, pth, hf, fla, ggmf or gguf, whatever DST ends with")
+    parser.add_argument(
+        "--to",
+        metavar="NAME",
+        help="official, pth, hf, fla, ggmf or gguf, whatever DST ends with; lora or miss for a MiSS, Bone or DiSHA",
+    )
+    parser.add_argument("--base", default="", metavar="MODEL", help="model that an adapter is for, with --to lora")
     parser.add_argument(
         "--dtype",
         metavar="TYPE",
@@ -33,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rookery.checkpoints.checkpoint import open_checkpoint
 
+    if args.to in ("lora", "miss"):
+        from rookery.checkpoints.adapter_convert import convert_adapter
+
+        made = convert_adapter(args.source, args.destination, args.to, base=args.base)
+        print(f"{made}: an adapter for peft, {args.to}", file=sys.stderr)
+        return 0
     source = open_checkpoint(args.source, settings=dict(args.setting))
     return write(source, args.destination, to=args.to, dtype=args.dtype)
 
