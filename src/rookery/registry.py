@@ -19,6 +19,7 @@ FAMILY_MODULES = (
     "rosa",
     "goldfinch",
     "temporal_perspectives",
+    "rrwkv",
     "rwkv6",
     "rwkv5",
     "rwkv4",

@@ -23,7 +23,7 @@ from rookery.errors import BadState
 if TYPE_CHECKING:
     from rookery.nn.language_model import LanguageModel
 
-WIDE_FIELDS = frozenset({"wkv", "kstate", "support", "rule", "chunk_means"})
+WIDE_FIELDS = frozenset({"wkv", "kstate", "support", "rule", "chunk_means", "mediums", "att_pool", "ffn_pool"})
 """Fields that accumulate: float32 at least, whatever the model's dtype (core.md 1.11)."""
 
 

@@ -54,7 +54,7 @@ def tensor_shapes(config: RWKV4Config) -> dict[str, tuple[int, ...]]:
 def recognise(shapes: Shapes) -> bool:
     # experiments and forerunners are recognised in order to be refused by name
     first = ("att.time_mix_k", "ffnPre.time_mix_k", "att.time_mix")
-    other = {"blocks.0.att.ln_x.weight", "convert3.weight"}  # RWKV-5, temporal perspectives
+    other = {"blocks.0.att.ln_x.weight", "convert3.weight", "blocks.0.att.rr_um"}  # RWKV-5, perspectives, RRWKV
     return any(f"blocks.0.{name}" in shapes for name in first) and not other & shapes.keys()
 
 

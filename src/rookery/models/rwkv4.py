@@ -56,7 +56,11 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, shift: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         mix = 1 - torch.cat([self.time_mix_k, self.time_mix_r]).flatten(1)
         (xk, xr), shift = token_shift(x=x, mix=mix, previous=shift, cu_seqlens=cu_seqlens)
-        return self.receptance(xr).sigmoid() * self.value(relu_squared(x=self.key(xk))), shift
+        return self.mixed(xk, xr), shift
+
+    def mixed(self, xk: Tensor, xr: Tensor) -> Tensor:
+        """The output for inputs that are mixed already."""
+        return self.receptance(xr).sigmoid() * self.value(relu_squared(x=self.key(xk)))
 
 
 class RWKV4(RWKV):

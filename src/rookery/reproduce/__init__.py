@@ -27,6 +27,7 @@ REPRODUCTIONS: dict[str, str] = {
     "rimer": "RWKV-7 on time series against a transformer of its size, DLinear and naive forecasts",
     "state-tuning": "tuned start states: plain, kernel-upscaled, decorrelated, and at test time",
     "meta-state": "a second reading of the state, and growth against training from scratch",
+    "goldfinch": "attention on one compressed cache against a hybrid that keeps everything, and RWKV-6",
 }
 """Name -> what is compared; the file of the same name, with underscores, defines REPRODUCTION."""
 
