@@ -63,7 +63,7 @@ def test_gradients_agree_with_finite_differences(name):
                     found.append(loss_of(model, start, tokens))
                     parameter.view(-1)[i] -= sign * h
             slope = (found[0] - found[1]) / (2 * h)
-            torch.testing.assert_close(parameter.grad.view(-1)[i], slope, rtol=1e-5, atol=1e-9)
+            torch.testing.assert_close(parameter.grad.view(-1)[i], slope, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

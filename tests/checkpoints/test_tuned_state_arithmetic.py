@@ -7,11 +7,14 @@ from support.language import randomised, some_tokens
 
 from rookery.adapt.kernel_state import KernelStart
 from rookery.adapt.state_tuning import StartState, load_start, save_start
-from rookery.checkpoints.tuned_state import read_tuned_state
+from rookery.checkpoints import open_checkpoint
+from rookery.checkpoints.safetensors import write_safetensors
+from rookery.checkpoints.tuned_state import read_tuned_state, save_tuned_state
 from rookery.checkpoints.tuned_state_arithmetic import compress, mix, spectrum
 from rookery.engine.llm import LLM
-from rookery.errors import BadState
+from rookery.errors import BadCheckpoint, BadState
 from rookery.models import create_model, save_model
+from rookery.state import State
 
 
 def model_of(name="rwkv7-test"):
@@ -114,9 +117,32 @@ def test_what_cannot_be_done_is_told(tmp_path):
 
 
 def test_half_a_product_is_refused(tmp_path):
-    from rookery.checkpoints.safetensors import write_safetensors
-
     left = {f"blocks.{i}.att.time_state_left": np.zeros((2, 16, 2), np.float32) for i in range(3)}
     write_safetensors(tmp_path / "half.safetensors", left, {})
     with pytest.raises(BadState, match="time_state_left' has no second factor that fits it"):
         read_tuned_state(tmp_path / "half.safetensors")
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_as_a_model_it_is_refused_by_what_it_is(kernel, tmp_path):
+    path = written(tmp_path, 1, model_of(), rank=2, kernel=kernel)
+    compress(path, tmp_path / "small.safetensors", rank=2)
+    for state in (path, tmp_path / "small.safetensors"):
+        with pytest.raises(BadCheckpoint, match=r"this is a tuned state \(3 layers of 2 × 16"):
+            open_checkpoint(state)
+
+
+@torch.no_grad()
+def test_a_state_saved_key_by_value_gives_the_same_logits(tmp_path):
+    """As flash-linear-attention keeps them (state_methods.md 1.9.9)."""
+    model = model_of()
+    path, tokens = written(tmp_path, 1, model), some_tokens(model, 1, 9)
+    tuned = read_tuned_state(path)
+    turned = {f"blocks.{n.split('.')[1]}.att.time_state": v.swapaxes(-1, -2).copy() for n, v in tuned.tensors.items()}
+    write_safetensors(tmp_path / "fla.safetensors", turned, {})
+    other = read_tuned_state(tmp_path / "fla.safetensors", order="key_value")
+    want = model(tokens, State.load(path, model))[0]
+    save_tuned_state(tmp_path / "back.safetensors", other.tensors, model.config)
+    assert torch.equal(model(tokens, State.load(tmp_path / "back.safetensors", model))[0], want)
+    rows = State.load(path, model).select([0, 0, 0, 0])
+    torch.testing.assert_close(model(tokens.expand(4, -1), rows)[0], want.expand(4, -1, -1))

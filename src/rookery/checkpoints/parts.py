@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rookery.checkpoints.source import Stored, short
+from rookery.checkpoints.tuned_state import states_among
 
 ADAPTERS = re.compile(r"\.(lora_[AaBb]|lora_M|bone|disha|lora_embedding_[AB])(\.|$)")
 """Marks of adapter tensors in the names of RWKV-PEFT and peft."""
@@ -22,11 +23,12 @@ def explain_part(tensors: Mapping[str, Stored], where: str) -> str | None:
             f"this is an adapter ({len(marked)} tensors, as {short(marked[0])}), not a model: it changes "
             f"{_base(tensors, marked, where)}; give that model's file, and this one as its adapter (--adapter)"
         )
-    states = [name for name in tensors if name.endswith("time_state")]
-    if states and len(states) == len(tensors):
-        heads = " × ".join(map(str, tensors[states[0]].shape))
+    states = states_among(tensors)
+    layers = [name for name in states if name.endswith(("time_state", "kstate", "_left"))]
+    if layers and len(states) == len(tensors):
+        heads = " × ".join(map(str, states[layers[0]].shape))
         return (
-            f"this is a tuned state ({len(states)} layers of {heads}), not a model; "
+            f"this is a tuned state ({len(layers)} layers of {heads}), not a model; "
             "give the model's file, and this one as its state (--state)"
         )
     return None
