@@ -22,6 +22,7 @@ REPRODUCTIONS: dict[str, str] = {
     "arwkv": "a transformer turned into RWKV: with its projections, with new mixers, from nothing",
     "dir-7": "pictures that follow a text: CrossWKV in its forms against cross-attention; S5 told in words",
     "rwkv-lite": "memory and quality of compressed models, technique by technique",
+    "wuneng": "overwritten recall and state tracking: attention heads, state heads, both, and WuNeng's parts",
     "based": "recall against the bytes of the state: BASED's features and window, RWKV-7, attention",
     "bone": "MiSS and BAT (once Bone) against LoRA, PiSSA, DoRA, all weights and the start state",
     "rimer": "RWKV-7 on time series against a transformer of its size, DLinear and naive forecasts",
