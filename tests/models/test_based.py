@@ -9,6 +9,7 @@ import torch
 from support.language import assert_close, assert_same_state, randomised, some_tokens
 from torch.nn.functional import scaled_dot_product_attention
 
+from rookery.adapt.peft import target_names
 from rookery.engine.llm import LLM
 from rookery.engine.runners.torch import TorchRunner
 from rookery.models import create_model, load, save_model
@@ -20,6 +21,7 @@ from rookery.registry import configure, families
 from rookery.reproduce.arms import parameters
 from rookery.train.config import overlay
 from rookery.train.loop import train
+from rookery.train.optim import hidden_matrices
 
 
 def published_forward(p: dict[str, np.ndarray], tokens: list[int], config) -> np.ndarray:
@@ -215,10 +217,22 @@ def test_texts_are_generated_and_go_on_after_a_fork(tmp_path):
     assert session.tokens_seen == 6
 
 
-def test_it_learns_through_the_trainer(tmp_path):
+def test_adapters_and_muon_find_its_matrices():
+    model = create_model("based-test")
+    found = {name.removeprefix("transformer.layers.") for name in target_names(model, "att")}
+    assert {"0.mixer.in_proj", "1.mixer.proj_q", "2.mixer.Wqkv"} <= found
+    assert not [name for name in found if "mlp" in name]
+    table = model.transformer.embeddings.word_embeddings.weight
+    assert id(table) not in hidden_matrices(model)
+    assert id(model.transformer.layers[2].mixer.Wqkv.weight) in hidden_matrices(model)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_it_learns_through_the_trainer(tmp_path, recompute):
     (tmp_path / "text.txt").write_text("the rook sees the rook. " * 200)
     config = replace(tiny_test(), model="based", overrides={"hidden_size": 32, "num_hidden_layers": 3})
     config = overlay(config, {"data": {"path": str(tmp_path / "text.txt")}, "out": str(tmp_path / "run"), "steps": 20})
+    config = replace(config, recompute=recompute)
     train(config)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.6 * losses[0]

@@ -1,11 +1,14 @@
 """WuNeng against the transformer and RWKV-7 that it is made of, and in all its variants (hybrids.md 4.6)."""
 
 import itertools
+import json
+from dataclasses import replace
 
 import pytest
 import torch
 from support.language import assert_close, assert_same_state, randomise, randomised, some_tokens
 
+from rookery.engine.llm import LLM
 from rookery.errors import BadCheckpoint
 from rookery.families.wuneng import FAMILY, WuNengConfig
 from rookery.models import create_model
@@ -13,8 +16,11 @@ from rookery.models.arwkv import TimeMix
 from rookery.models.wuneng import expand_transformer, head_usage, read_twice
 from rookery.nn.growth import growth
 from rookery.nn.rwkv import Call
+from rookery.recipes.tiny_test import tiny_test
 from rookery.registry import configure, recognise
 from rookery.reproduce.arms import parameters
+from rookery.train.config import overlay
+from rookery.train.loop import train
 
 MIDDLES = ("gated", "additive", "concat", "none")
 VARIANTS = [
@@ -204,3 +210,18 @@ def test_a_missing_tensor_is_named():
     del shapes["blocks.0.att.state.w1"]
     with pytest.raises(BadCheckpoint, match=r"not a whole WuNeng checkpoint: 'blocks.0.att.state.w1' is missing"):
         FAMILY.config_from_shapes(shapes)
+
+
+def test_it_learns_through_the_trainer_and_writes_texts(tmp_path):
+    (tmp_path / "text.txt").write_text("the rook sees the rook. " * 200)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "state_window": 2}
+    config = replace(tiny_test(), model="wuneng", overrides=sizes, steps=20, out=str(tmp_path / "run"), recompute=True)
+    train(overlay(config, {"data": {"path": str(tmp_path / "text.txt")}}))
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.6 * losses[0]
+    llm = LLM(tmp_path / "run" / "model.safetensors", tokenizer="bytes")
+    session = llm.session()
+    session.feed("the rook ")
+    fork = session.fork()
+    assert "".join(fork.stream(12, 0.0)) == llm.generate("the rook ", max_tokens=12, temperature=0.0)
+    assert (session.tokens_seen, fork.tokens_seen) == (9, 21)

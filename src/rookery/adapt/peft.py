@@ -36,7 +36,7 @@ INITIAL = "pissa_initial.safetensors"
 
 BLOCK = re.compile(r"((?:.*\.)?(?:blocks|layers))\.\d+\.(.+)")
 """A module of a block: where the blocks are, and its name within one."""
-PARTS = {"att": ("att", "self_attn"), "ffn": ("ffn", "mlp")}
+PARTS = {"att": ("att", "self_attn", "mixer"), "ffn": ("ffn", "mlp")}
 """Names of a block's two parts, and what the families call them."""
 
 
@@ -45,7 +45,7 @@ def target_names(model: LanguageModel, targets: str = "att,ffn") -> list[str]:
 
     All linear layers of a block's parts: receptance, key, value and output of the time mix (and gate in RWKV-5 and 6),
     key and value of the channel mix (and receptance in RWKV-4, 5 and 6). "att" and "ffn" also mean a transformer's
-    `self_attn` and `mlp`. ValueError where a target means nothing.
+    `self_attn` and `mlp`, and BASED's `mixer` and `mlp`. ValueError where a target means nothing.
     """
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     # of a model with adapters: each matrix once, and not those that the adapter is made of

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rookery.errors import MissingDependency
 from rookery.train.config import OptimConfig
 
-OUTSIDE = ("emb", "head", "embed_tokens", "lm_head")
+OUTSIDE = ("emb", "head", "embed_tokens", "lm_head", "word_embeddings")
 """Modules whose matrices are tables or read-outs, which Muon is not for (https://kellerjordan.github.io/posts/muon)."""
 
 
