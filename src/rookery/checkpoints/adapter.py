@@ -148,8 +148,8 @@ def adapted(
 
 
 def _held(checkpoint: Checkpoint, adapter: Adapter, *, undo: bool, sequential: bool) -> list[str]:
-    """What the model will hold, by `_digest`; BadCheckpoint where it must not be merged, or cannot be taken out."""
-    own, marked = _digest(adapter), HELD in checkpoint.metadata
+    """What the model will hold, by `digest_of`; BadCheckpoint where it must not be merged, or cannot be taken out."""
+    own, marked = digest_of(adapter), HELD in checkpoint.metadata
     held = [mark for mark in checkpoint.metadata.get(HELD, "").split(",") if mark]
     if undo:
         if adapter.whole:
@@ -173,7 +173,7 @@ def _held(checkpoint: Checkpoint, adapter: Adapter, *, undo: bool, sequential: b
     return [*held, own]
 
 
-def _digest(adapter: Adapter) -> str:
+def digest_of(adapter: Adapter) -> str:
     """Names an adapter by its numbers and its strength."""
     digest = hashlib.sha256(f"{adapter.alpha} {adapter.settings.get('lora_alpha')}".encode())
     tensors = {f"{m}.{name}": t for m, factors in adapter.factors.items() for name, t in factors.items()}
@@ -310,4 +310,4 @@ def _other_base(adapter: Adapter, checkpoint: Checkpoint) -> str:
 
 def _fingerprint(checkpoint: Checkpoint, adapter: Adapter) -> str:
     """Names the merged model: its states are not those of the base."""
-    return hashlib.sha256(f"{checkpoint.fingerprint()} {_digest(adapter)}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{checkpoint.fingerprint()} {digest_of(adapter)}".encode()).hexdigest()[:32]
