@@ -9,6 +9,9 @@ tasks:
   needle           a pass key in a long text
   positions FILE   loss by position; --plot draws it
   lm-eval          tasks of EleutherAI's harness, by --tasks
+  images DATA      accuracy of a classifier of images (a folder, .tar, .npz, "digits")
+  zero-shot DATA   the same for RWKV-CLIP, which is told the classes by their names
+  retrieval FILE   RWKV-CLIP's recall on pictures with texts (.jsonl, .csv, .tar)
 """
 
 import argparse
@@ -50,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question (the task's own)")
 
 
+VISUAL = ("images", "zero-shot", "retrieval")
+"""Tasks for other models than those of language."""
 OPTIONS = {
     "perplexity": ("mode", "window", "stride"),
     "needle": ("lengths", "trials"),
@@ -76,6 +81,14 @@ def run(args: argparse.Namespace) -> int:
         import torch
 
         torch.set_num_threads(args.threads)
+    if args.task in VISUAL:
+        from rookery.evaluate.pictures import run as measure
+
+        result = measure(
+            args.task, args.model, args.data, device=args.device, limit=args.limit, tokenizer=args.tokenizer
+        )
+        print(json.dumps(result, indent=2) if args.json else "\n".join(lines(result)))
+        return 0
     model, tokenizer = load_for_evaluation(
         args.model,
         tokenizer=args.tokenizer,
