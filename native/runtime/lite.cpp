@@ -24,7 +24,8 @@ void ModelFile::fetch(const std::byte* from, std::size_t count, std::byte* to) c
   if (from >= begin_ && from + count <= begin_ + size_) {
     std::size_t done = 0;
     while (done < count) {
-      const auto read = pread(descriptor_, to + done, count - done, static_cast<off_t>(from - begin_) + static_cast<off_t>(done));
+      const auto at = static_cast<off_t>(from - begin_) + static_cast<off_t>(done);
+      const auto read = pread(descriptor_, to + done, count - done, at);
       if (read <= 0) break;  // the mapped bytes are there all the same
       done += static_cast<std::size_t>(read);
     }

@@ -81,7 +81,8 @@ struct LiteCounts {
 class EmbeddingCache {
  public:
   EmbeddingCache(const Matrix& from, std::int64_t capacity, std::shared_ptr<ModelFile> file)
-      : from_(from), file_(std::move(file)), row_(static_cast<std::size_t>(from.in) * bytes_of(from.format)), capacity_(capacity) {
+      : from_(from), file_(std::move(file)), row_(static_cast<std::size_t>(from.in) * bytes_of(from.format)),
+        capacity_(capacity) {
     memory_.resize(static_cast<std::size_t>(std::min(capacity, from.out)) * row_);
   }
 

@@ -157,7 +157,8 @@ void Pass::fetched_units(const ChannelMix& mix, Range part) {
   const int64_t count = find_active(list, part, [&](int64_t t, int64_t j) { return is_guessed_[t * hidden + j] != 0; });
   model_.lite_counts.units.fetch_add(count, std::memory_order_relaxed);
   model_.lite_counts.of_units.fetch_add(part.end - part.begin, std::memory_order_relaxed);
-  for (int64_t t = 0; t < count_; ++t) std::fill(hidden_ + t * hidden + part.begin, hidden_ + t * hidden + part.end, 0.0f);
+  for (int64_t t = 0; t < count_; ++t)
+    std::fill(hidden_ + t * hidden + part.begin, hidden_ + t * hidden + part.end, 0.0f);
 
   static thread_local std::vector<std::byte> copies;
   const bool packed = is_packed(mix.key.format);
@@ -356,7 +357,8 @@ void Pass::head_by_clusters(int64_t row) {
   for (int64_t i = chosen; i < count; ++i) {
     const std::int32_t cluster = order[static_cast<std::size_t>(i)];
     const Range range = rows_of(cluster);
-    const double share = log_p[static_cast<std::size_t>(cluster)] - std::log(static_cast<double>(range.end - range.begin));
+    const auto size = static_cast<double>(range.end - range.begin);
+    const double share = log_p[static_cast<std::size_t>(cluster)] - std::log(size);
     for (int64_t r = range.begin; r < range.end; ++r)
       logits[clusters.order[static_cast<std::size_t>(r)]] = static_cast<float>(scale + share);
   }

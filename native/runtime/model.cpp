@@ -88,7 +88,8 @@ void Model::read_neurons(Reader& reader, int64_t layer, ChannelMix& mix) {
     mix.key = mix.value = both;
     mix.value_from = both.out - sizes.width;
   } else {
-    const auto* half = static_cast<const std::byte*>(both.data) + static_cast<std::size_t>(sizes.width) * bytes_of(both.format);
+    const auto row = static_cast<std::size_t>(sizes.width) * bytes_of(both.format);
+    const auto* half = static_cast<const std::byte*>(both.data) + row;
     mix.key = {both.data, both.format, Order::rows, sizes.hidden, sizes.width, 2 * sizes.width};
     mix.value = {half, both.format, Order::columns, sizes.width, sizes.hidden, 2 * sizes.width};
   }

@@ -151,7 +151,8 @@ class Pass {
   void use_units(const ChannelMix& mix, Range range);
   void fetched_units(const ChannelMix& mix, Range part);
   void fetch_units(const ChannelMix& mix, const std::int32_t* list, std::int64_t count, Range part, std::byte* to) const;
-  void fetched_columns(const ChannelMix& mix, const std::int32_t* list, std::int64_t count, Range part, const Matrix& value);
+  void fetched_columns(
+      const ChannelMix& mix, const std::int32_t* list, std::int64_t count, Range part, const Matrix& value);
   void exact_logits(std::int32_t cluster, const Product& product) const;
   void add_hidden_columns(const ChannelMix& mix, float* y);
   void multiply_hidden(const Matrix& value, std::int64_t from, float* y);

@@ -53,3 +53,16 @@ def test_parts_take_the_time_of_a_step(files, name):
     before = runner._model.times
     runner.forward([1], runner.init_state())
     assert runner._model.times == before  # nobody watches any more
+
+
+def test_of_a_compressed_model_the_bytes_are_those_that_are_read(files, tmp_path):
+    from rookery.compress import Settings, compress
+
+    settings = Settings(samples=200, clusters=6, embedding_rows=4, least_zeros=0.0, predictor=3, epochs=1, head_steps=1)
+    compress(files["rwkv7"], tmp_path / "small.safetensors", settings)
+    runner = NativeRunner(tmp_path / "small.safetensors")
+    assert {part_of(name) for name in runner.nbytes} == set(ORDER)
+    found = profile(runner, steps=2, rounds=1)
+    parts = {part.name: part.nbytes for part in found.parts}
+    assert parts["channel mix"] < sum(n for name, n in runner.nbytes.items() if part_of(name) == "channel mix")
+    assert parts["head"] <= sum(n for name, n in runner.nbytes.items() if part_of(name) == "head")

@@ -11,15 +11,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rookery.engine.runners.lite import Reads
 from rookery.engine.runners.native import NativeRunner
 
 PARTS = (
     ("embedding", r"emb\."),
-    ("head", r"head\.|ln_out\."),
+    ("head", r"head[._]|ln_out\."),
     ("norms and shifts", r".*\.(ln[012]\.|(att|ffn)\.(x_[a-z]$|time_ma?i?[ax]_?[a-z]*$|time_mix_))"),
     ("output", r".*\.att\.output\."),
-    ("projections", r".*\.att\.(receptance|key|value|gate)\.|.*\.att\.([wavg]1|time_(maa|decay)[a-z_]*_w1|gate_w1)$"),
-    ("channel mix", r".*\.ffn\."),
+    (
+        "projections",
+        r".*\.att\.(receptance|key|value|gate)[12]?\.|.*\.att\.([wavg]1|time_(maa|decay)[a-z_]*_w1|gate_w1)$",
+    ),
+    ("channel mix", r".*\.(ffn|mlp)\."),
     ("recurrence", r".*\.att\."),
 )
 """Part -> names of its tensors; the first match counts."""
@@ -69,8 +73,11 @@ def part_of(name: str) -> str:
     return next(part for part, pattern in PARTS if re.match(pattern, name))
 
 
-def step_bytes(runner: NativeRunner, active: float) -> dict[str, int]:
-    """Part -> bytes that a token at batch 1 moves, with this share of the channel mixes' units not zero."""
+def step_bytes(runner: NativeRunner, active: float, reads: Reads | None = None) -> dict[str, int]:
+    """Part -> bytes that a token at batch 1 moves, with this share of the channel mixes' units not zero.
+
+    `reads` says what a compressed model reads; its indices and shadows are not counted.
+    """
     total = dict.fromkeys(ORDER, 0)
     for name, nbytes in runner.nbytes.items():
         part = part_of(name)
@@ -78,6 +85,10 @@ def step_bytes(runner: NativeRunner, active: float) -> dict[str, int]:
             nbytes //= runner.config.vocab_size
         elif name.endswith("ffn.value.weight"):
             nbytes = int(active * nbytes)
+        elif reads is not None and name.endswith("ffn.neurons"):
+            nbytes = int((reads.units + active) / 2 * nbytes)  # key rows of guessed units, value columns of active ones
+        elif reads is not None and name == "head.weight":
+            nbytes = int(reads.rows * nbytes)
         total[part] += nbytes
     total["recurrence"] += 2 * runner.init_state().nbytes  # read and written
     return total
@@ -96,11 +107,11 @@ def profile(runner: NativeRunner, steps: int = 32, rounds: int = 5) -> Profile:
         return (time.perf_counter() - start) / steps
 
     decode()
-    before = model.ffn_reads
+    before, counts = model.ffn_reads, runner.read_counts()
     decode()
     read, there = (now - then for now, then in zip(model.ffn_reads, before))
     active = read / there if there else 1.0
-    nbytes = step_bytes(runner, active)
+    nbytes = step_bytes(runner, active, runner.reads_since(counts) if runner.lite else None)
     memory = np.ones(max(1 << 20, sum(nbytes.values())), np.uint8)
     taken: dict[str, list[float]] = {name: [] for name in ORDER}
     whole, reading = [], []
