@@ -82,6 +82,8 @@ class ContrastiveTask(Task):
             groups.append(pair.group or f"#{item}")
         numbers = {name: i for i, name in enumerate(dict.fromkeys(groups))}
         tokens = torch.from_numpy(self.texts(texts))
+        if self.model.config.pad_mode == "masked":  # what fills all texts up need not be read
+            tokens = tokens[:, : int((tokens != 0).any(0).nonzero().max()) + 1]
         return self.want.normalised(np.stack(pictures)), tokens, torch.tensor([numbers[name] for name in groups])
 
     def tokens(self, batch: Batch) -> int:
