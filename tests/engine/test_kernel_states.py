@@ -104,3 +104,15 @@ def test_another_family_refuses_it(folder):
     other = randomised("rwkv6-test", dtype=torch.float32)
     with pytest.raises(BadState, match="tuned state of another model"):
         LLM.from_runner(TorchRunner(other)).session(state=folder / "wide.safetensors")
+
+
+def test_plain_states_go_on_together_in_the_compiled_runtime(folder):
+    folder, model, starts = folder
+    llm = LLM(folder / "model.safetensors")
+    assert llm.runner.name == "native"
+    with Scheduler(llm) as scheduler:
+        session = llm.session(state=folder / "plain.safetensors")
+        tuned = scheduler.submit([20, 21], 6, session=session, tokens=True, **ASKED)
+        fresh = scheduler.submit([20, 21], 6, tokens=True, **ASKED)
+        assert list(tuned) == expected(starts["plain"], [20, 21], 6)
+        assert list(fresh) == expected(StartState(model), [20, 21], 6)
