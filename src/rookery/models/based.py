@@ -2,8 +2,8 @@
 
 Parameters have the names of the released models (see `rookery.families.based`). Everything that a row remembers has a
 fixed size: sums of features, a ring of keys and values, the last inputs of the convolutions. Two things differ from
-the published code: the sums are float32 in a bfloat16 model, where a count of tokens would stand still at 256, and keys
-are turned to their positions when they are used, relative to the call, so that a million tokens cost no precision.
+the published code: the sums are float32 in a bfloat16 model, where a count of tokens would stand still at 256, and
+rotary angles are computed in float64, so that a million tokens cost no precision.
 """
 
 from typing import NamedTuple
@@ -65,7 +65,7 @@ class WindowState(NamedTuple):
     """The last w tokens; the one at position p of its row stands at p mod w."""
 
     ring: Tensor
-    """[r, w, 2, h, d], keys before rotation, and values"""
+    """[r, w, 2, h, d], keys, turned to their positions, and values"""
 
 
 class WindowAttention(nn.Module):
@@ -78,21 +78,37 @@ class WindowAttention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, state: WindowState, call: Call) -> tuple[Tensor, WindowState]:
-        window = self.config.window
-        q, *kv = call.recent.rows(self.Wqkv(x).unflatten(-1, (3, self.config.num_heads, -1))).unbind(2)
-        history = torch.cat([call.recent.in_order(state.ring), torch.stack(kv, dim=2)], dim=1)  # [r, w + t, 2, h, d]
-        ring = call.recent.in_ring(call.recent.last(history, window))
-        keys, values = history.permute(2, 0, 3, 1, 4)  # [r, h, w + t, d]
-        # only differences of positions count: these begin with the oldest key
-        positions = torch.arange(keys.shape[2], device=x.device)[None]
-        q = rotate(q.transpose(1, 2), positions[:, window:], self.config.rope_theta)
-        keys = rotate(keys, positions, self.config.rope_theta)
-        y = windowed(q, keys, values, window, call.recent.seen)
-        return self.out_proj(call.recent.packed(y.transpose(1, 2).flatten(2))), WindowState(ring)
+        layout, window = call.recent, self.config.window
+        q, k, v = layout.rows(self.Wqkv(x).unflatten(-1, (3, self.config.num_heads, -1))).unbind(2)  # [r, t, h, d]
+        # float64, whose angles are right at any position that a text can have
+        places = (layout.seen[:, None] + torch.arange(q.shape[1], device=x.device)).double()
+        q, k = (rotate(part.transpose(1, 2), places, self.config.rope_theta).transpose(1, 2) for part in (q, k))
+        new = torch.stack([k, v], dim=2)
+        if layout.real is None and q.shape[1] == 1:
+            y, ring = step(q, new, state.ring, layout.seen)
+        else:
+            history = torch.cat([layout.in_order(state.ring), new], dim=1)  # [r, w + t, 2, h, d]
+            ring = layout.in_ring(layout.last(history, window))
+            y = windowed(q.transpose(1, 2), *history.permute(2, 0, 3, 1, 4), window, layout.seen).transpose(1, 2)
+        return self.out_proj(layout.packed(y.flatten(2))), WindowState(ring)
 
     def empty(self, rows: int) -> WindowState:
         config = self.config
         return WindowState(self.out_proj.weight.new_zeros(rows, config.window, 2, config.num_heads, config.head_dim))
+
+
+def step(q: Tensor, new: Tensor, ring: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention [r, 1, h, d] of one query a row over its ring, and the ring after its key and value, [r, 1, 2, h, d].
+
+    What `windowed` computes, on keys as they lie: softmax does not ask for their order.
+    """
+    window = ring.shape[1]
+    place = seen % window
+    ring = ring.scatter(1, place.view(-1, 1, 1, 1, 1).expand_as(new), new)
+    age = (place[:, None] - torch.arange(window, device=q.device)) % window
+    keys, values = ring.permute(2, 0, 3, 1, 4)
+    y = scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=(age <= seen[:, None])[:, None, None])
+    return y.transpose(1, 2), ring
 
 
 def windowed(q: Tensor, keys: Tensor, values: Tensor, window: int, seen: Tensor) -> Tensor:
