@@ -106,6 +106,16 @@ def test_another_family_refuses_it(folder):
         LLM.from_runner(TorchRunner(other)).session(state=folder / "wide.safetensors")
 
 
+def test_models_that_host_none_refuse_its_arrays(folder):
+    _, _, starts = folder
+    for name in ("rwkv6-test", "meta-state-test"):
+        runner = TorchRunner(randomised(name, dtype=torch.float32))
+        with pytest.raises(
+            BadState, match=f"cannot start this model: kernel states are read by rwkv7 .* is {name[:-5]}"
+        ):
+            runner.init_state(starts["wide"](1).detach().arrays())
+
+
 def test_plain_states_go_on_together_in_the_compiled_runtime(folder):
     folder, model, starts = folder
     llm = LLM(folder / "model.safetensors")
