@@ -1,6 +1,7 @@
 import importlib.util
 import io
 import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -84,6 +85,20 @@ def test_a_picture_that_is_cut_off_is_refused(tmp_path):
         (tmp_path / name).write_bytes(whole[: len(whole) // 2])
         with pytest.raises(BadImage, match=rf"{name} is damaged or cut off"):
             read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "PPM"])
+def test_whatever_is_damaged_is_read_or_refused_and_nothing_else(form):
+    generator, file = np.random.default_rng(0), io.BytesIO()
+    Image.fromarray(generator.integers(0, 255, (12, 15, 3), dtype=np.uint8)).save(file, form)
+    for attempt in range(60):
+        damaged = bytearray(file.getvalue())
+        if attempt % 2:
+            damaged = damaged[: generator.integers(1, len(damaged))]
+        for _ in range(3):
+            damaged[generator.integers(min(len(damaged), 200))] = generator.integers(256)
+        with suppress(BadImage):
+            assert read_image(bytes(damaged)).dtype == np.uint8
 
 
 def test_what_is_no_picture_is_refused(tmp_path):

@@ -9,6 +9,7 @@ import gzip
 import importlib.util
 import io
 import os
+import struct
 import tarfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,10 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".
 """Files that are taken for pictures."""
 TRAIN, TEST = ("train", "training"), ("val", "valid", "validation", "test")
 """Names of the folders that hold the two parts of a set of pictures, the first that exists of each."""
+
+
+DAMAGE = (OSError, SyntaxError, EOFError, ValueError, LookupError, TypeError, ArithmeticError, struct.error)
+"""What decoders raise: SyntaxError for broken chunks of PNG, ValueError for broken numbers of PPM, and so on."""
 
 
 class BadImage(RookeryError, ValueError):
@@ -83,6 +88,7 @@ def read_image(source: Source, channels: int = 3, *, max_pixels: int = MAX_PIXEL
         with warnings.catch_warnings():
             # the size is checked below, in our own words
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore", UserWarning)  # damaged notes beside whole pixels
             with Image.open(file) as image:
                 if image.width * image.height > max_pixels:
                     raise BadImage(_too_large(name, image.size, max_pixels))
@@ -91,7 +97,18 @@ def read_image(source: Source, channels: int = 3, *, max_pixels: int = MAX_PIXEL
         raise BadImage(_too_large(name, None, max_pixels)) from None
     except Image.UnidentifiedImageError:
         raise BadImage(f"{name} is no picture that can be read; give one of {', '.join(SUFFIXES)}") from None
-    except (OSError, SyntaxError, EOFError) as problem:  # what decoders raise, SyntaxError for broken PNG chunks
+    except BadImage:
+        raise
+    except (
+        OSError,
+        SyntaxError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        ArithmeticError,
+        struct.error,
+    ) as problem:
         raise BadImage(f"{name} is damaged or cut off ({problem}); leave it out or fetch it again") from None
 
 
