@@ -15,8 +15,8 @@ def dir7_digits() -> ImagineConfig:
         captions=DIGIT_CAPTIONS,
         optim=DiffusionOptimConfig(lr=3e-3, final_lr=1e-5, warmup_steps=50, ema=0.999),
         out="out/dir-7-digits",
-        steps=3000,
-        batch_size=64,
+        steps=1500,
+        batch_size=32,
         save_every=500,
         validate_every=500,
     )
