@@ -246,9 +246,10 @@ def draw(
     figure: "Figure", drawn: dict[str, list[dict[str, Any]]], found: dict[tuple[str, float], list[dict[str, Any]]]
 ) -> None:
     left, middle, right = figure.subplots(1, 3, width_ratios=(2.2, 1, 1.3))
-    sheet = np.concatenate([np.concatenate(runs[0]["pictures"], axis=1) for runs in drawn.values()], axis=0)
+    framed = {mode: [np.pad(one, 1, constant_values=0) for one in runs[0]["pictures"]] for mode, runs in drawn.items()}
+    sheet = np.concatenate([np.concatenate(row, axis=1) for row in framed.values()], axis=0)
     left.imshow(sheet, cmap="gray_r", vmin=0, vmax=16)
-    side = len(next(iter(drawn.values()))[0]["pictures"][0])
+    side = len(next(iter(framed.values()))[0])
     left.set_yticks([side * (i + 0.5) for i in range(len(drawn))], list(drawn))
     left.set_xticks([side * (i + 0.5) for i in range(10)], [str(i) for i in range(10)])
     left.set_title("drawn when asked for …")
