@@ -54,3 +54,10 @@ def test_other_models_and_files_are_refused(cli, tmp_path):
     code, _, err = cli("imagine", "three", "--model", tmp_path / "nowhere.safetensors")
     assert code == 1
     assert "nowhere.safetensors" in err
+
+
+def test_the_model_that_is_shipped_draws_in_other_sizes_and_tells_unknown_words(cli, tmp_path):
+    out = tmp_path / "grid.png"
+    assert cli("imagine", "three", "-o", out, "--count", "2", "--steps", "2", "--height", "12", "--width", "9")[0] == 0
+    code, _, said = cli("imagine", "cat", "-o", out)
+    assert (code, "the model has learned none of the words of 'cat'" in said) == (1, True)

@@ -109,6 +109,8 @@ def test_parts_of_a_batch_add_up_to_it(config):
         ({"model": "dir-7-read-test"}, "needs a table of words: set overrides.text_buckets=512"),
         ({"model": "diffusion-rwkv-test", "overrides": {"num_classes": 4}}, "has 4 classes, the pictures have 10"),
         ({"data": {"path": "nowhere"}}, "nowhere"),
+        ({"captions": "a picture"}, r"captions need \{\} for the name of a class, and none may be empty; got 'a pict"),
+        ({"captions": "{}||a {}"}, "none may be empty"),
         ({"drop": 1.5}, "drop is a share from 0 to 1, got 1.5"),
     ],
 )

@@ -369,6 +369,10 @@ class ImagineConfig(TrainConfig):
         super().__post_init__()
         if not 0 <= self.drop <= 1:
             raise ValueError(f"drop is a share from 0 to 1, got {self.drop}")
+        if "{}" not in self.captions or not all(caption.strip() for caption in self.captions.split("|")):
+            raise ValueError(
+                f"captions need {{}} for the name of a class, and none may be empty; got {self.captions!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

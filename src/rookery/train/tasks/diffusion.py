@@ -57,7 +57,7 @@ class DiffusionTask(Task):
         self.noise = Noise.of(sizes)
         self.dtype = getattr(torch, config.dtype)
         templates = config.captions.split("|")
-        self.captions = [template.format(name) for name in train.classes for template in templates]
+        self.captions = [template.replace("{}", name) for name in train.classes for template in templates]
         self.templates = len(templates)
         if isinstance(self.model, DIR7):
             self.ids = self.model.word_ids(self.captions)
