@@ -99,16 +99,7 @@ def read_image(source: Source, channels: int = 3, *, max_pixels: int = MAX_PIXEL
         raise BadImage(f"{name} is no picture that can be read; give one of {', '.join(SUFFIXES)}") from None
     except BadImage:
         raise
-    except (
-        OSError,
-        SyntaxError,
-        EOFError,
-        ValueError,
-        LookupError,
-        TypeError,
-        ArithmeticError,
-        struct.error,
-    ) as problem:
+    except DAMAGE as problem:
         raise BadImage(f"{name} is damaged or cut off ({problem}); leave it out or fetch it again") from None
 
 
