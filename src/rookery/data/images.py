@@ -11,8 +11,10 @@ import io
 import os
 import struct
 import tarfile
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,14 +87,10 @@ def read_image(source: Source, channels: int = 3, *, max_pixels: int = MAX_PIXEL
     file = source.read() if isinstance(source, Slice) else source
     file = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
-        with warnings.catch_warnings():
-            # the size is checked below, in our own words
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            warnings.simplefilter("ignore", UserWarning)  # damaged notes beside whole pixels
-            with Image.open(file) as image:
-                if image.width * image.height > max_pixels:
-                    raise BadImage(_too_large(name, image.size, max_pixels))
-                return _channels(_pixels(image), channels)
+        with _quiet(), Image.open(file) as image:
+            if image.width * image.height > max_pixels:
+                raise BadImage(_too_large(name, image.size, max_pixels))
+            return _channels(_pixels(image), channels)
     except Image.DecompressionBombError:
         raise BadImage(_too_large(name, None, max_pixels)) from None
     except Image.UnidentifiedImageError:
@@ -101,6 +99,17 @@ def read_image(source: Source, channels: int = 3, *, max_pixels: int = MAX_PIXEL
         raise
     except DAMAGE as problem:
         raise BadImage(f"{name} is damaged or cut off ({problem}); leave it out or fetch it again") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences Pillow on large sizes, which have an error of ours, and on damaged notes beside whole pixels."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python's filters belong to all threads: several that changed them at once would leave them changed
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def array_of(image: Any, channels: int = 3) -> np.ndarray:
