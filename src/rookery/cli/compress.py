@@ -22,7 +22,7 @@ FLAGS = {
     "fewest": ("--fewest", int, "N", "clusters that are computed at least (3)"),
     "most": ("--most", int, "N", "and at most (100)"),
     "embedding_rows": ("--embedding-rows", int, "N", "rows of the embedding kept in memory; 0: no cache (1000)"),
-    "samples": ("--samples", int, "N", "tokens to learn from (20000)"),
+    "samples": ("--samples", int, "N", "tokens to learn from (5000)"),
     "seed": ("--seed", int, "N", "of all that is random (0)"),
 }
 """Field of `rookery.compress.Settings` -> flag, type, name of the value, help."""

@@ -59,7 +59,7 @@ class Settings:
     """Times that predictors see all that they learn from."""
     head_steps: int = 300
     """Steps of training the head's first level."""
-    samples: int = 20_000
+    samples: int = 5_000
     """Tokens that predictors and the head's first level learn from."""
     seed: int = 0
 
