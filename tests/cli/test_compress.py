@@ -25,6 +25,23 @@ def test_a_model_is_compressed_and_generates(cli, small):
     assert cli("generate", "--lean", "--model", small, "hello", "-n", "5", "--seed", "1")[1] == out
 
 
+def test_what_is_evaluated_is_the_compressed_model(cli, small, model_path, tmp_path):
+    (tmp_path / "text.txt").write_text("a text that is read. " * 20)
+    results = []
+    for path in (small, model_path):
+        code, out, _ = cli("eval", "perplexity", tmp_path / "text.txt", "-m", path, "--tokenizer", "bytes", "--json")
+        assert code == 0
+        results.append(json.loads(out)["bits_per_byte"])
+    assert results[0] != results[1]
+    from rookery.compress.low_rank import LowRank
+    from rookery.compress.sparsity import GuessedKey
+    from rookery.evaluate.run import load_for_evaluation
+
+    model, _ = load_for_evaluation(small, tokenizer="bytes")
+    assert isinstance(model.blocks[0].ffn.key, GuessedKey)
+    assert not any(isinstance(module, LowRank) for module in model.modules())
+
+
 def test_what_was_done_is_told(cli, model_path, tmp_path):
     (tmp_path / "text.txt").write_text("some text to learn from. " * 40)
     options = [*QUICK, "--low-rank", "8", "--train", "2", "--text", tmp_path / "text.txt", "--int8"]

@@ -14,6 +14,7 @@ import torch
 
 from rookery.adapt.state_tuning import load_start
 from rookery.checkpoints import open_checkpoint
+from rookery.compress import load as load_compressed
 from rookery.engine.llm import EMBEDDED
 from rookery.errors import unknown
 from rookery.evaluate.benchmarks import blimp, lambada, mmlu, multiple_choice
@@ -47,16 +48,18 @@ def load_for_evaluation(
 ) -> tuple[LanguageModel, Tokenizer]:
     """A model and its tokenizer; without a path the model that ships with the package. `adapter` is merged into it.
 
-    On the CPU weights become float32 unless `dtype` is given: it is faster there, and the same numbers.
+    On the CPU weights become float32 unless `dtype` is given: it is faster there, and the same numbers. A compressed
+    model computes what it computes in the compiled runtime, not what the plain model would.
     """
     path = EMBEDDED if path is None else path
-    told = open_checkpoint(path).metadata
+    checkpoint = open_checkpoint(path)
+    told = checkpoint.metadata
     precision = getattr(torch, dtype) if dtype else torch.float32 if device == "cpu" else None
-    model = (
-        load(path, device=device, dtype=precision, adapter=adapter, adapter_alpha=adapter_alpha)
-        .eval()
-        .requires_grad_(False)
-    )
+    if checkpoint.lite and adapter is None:
+        model = load_compressed(checkpoint, dtype=precision).to(device)
+    else:
+        model = load(path, device=device, dtype=precision, adapter=adapter, adapter_alpha=adapter_alpha)
+    model = model.eval().requires_grad_(False)
     return model, resolve(tokenizer, vocab_size=model.config.vocab_size, path=path, metadata=told)
 
 
