@@ -133,6 +133,25 @@ def test_only_what_is_new_is_trained_where_the_old_is_frozen():
     assert model.blocks[3].ffn.value.weight.any()
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_what_is_old_moves_by_its_share(rate):
+    models = [model_of(torch.float32) for _ in range(2)]
+    steps = []
+    for model, share in zip(models, (1.0, rate)):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+        model.grow(tokens=16, layers=[3], optimizer=optimizer, old_rate=share)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        loss_of(model, some_tokens(model, 2, 12)).backward()
+        optimizer.step()
+        steps.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
+    whole, share = steps
+    torch.testing.assert_close(share["emb.weight"], rate * whole["emb.weight"], rtol=1e-3, atol=1e-6)
+    name = "blocks.0.ffn.value.weight"
+    torch.testing.assert_close(share[name][:, :48], rate * whole[name][:, :48], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(share[name][:, 48:], whole[name][:, 48:])
+    assert torch.equal(share["blocks.3.att.output.weight"], whole["blocks.3.att.output.weight"])
+
+
 def test_a_grown_model_is_saved_and_loaded(tmp_path):
     model = model_of(torch.float32)
     model.grow(heads=1, encoders=1)
@@ -150,6 +169,8 @@ def test_a_grown_model_is_saved_and_loaded(tmp_path):
 def test_what_cannot_grow_is_refused():
     with pytest.raises(ValueError, match="2 encoders cannot be added: 3 heads are not read yet"):
         model_of().grow(heads=2, encoders=2)
+    with pytest.raises(ValueError, match="old_rate is kept by the optimiser"):
+        model_of().grow(tokens=1, old_rate=0.3)
     with pytest.raises(ValueError, match="growth only adds"):
         model_of().grow(tokens=-1)
     with pytest.raises(ValueError, match=r"before blocks 1 to 3, got \[0\]; block 0 stays the first"):

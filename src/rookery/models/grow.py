@@ -43,17 +43,22 @@ def grow(
     encoders: int = 0,
     layers: Sequence[int] = (),
     optimizer: torch.optim.Optimizer | None = None,
+    old_rate: float = 1.0,
     freeze_old: bool = False,
     seed: int = 0,
 ) -> Grown:
     """Adds `tokens` parameter tokens and `heads` heads to every block, `encoders` of the heads to those that are read,
     and new blocks before the present blocks `layers` (their number: at the end).
 
-    `optimizer` goes on with the moments that it has; those of what is new begin at zero. With `freeze_old` only what is
-    new is trained from here on. States from before belong to another model. ValueError where an axis cannot grow so.
+    `optimizer` goes on with the moments that it has; those of what is new begin at zero. It moves what was there before
+    by `old_rate` of its steps (0.3 suits a long training). With `freeze_old` nothing of that has a gradient any more;
+    an optimiser made afterwards must not decay weights. States from before belong to another model. ValueError where
+    an axis cannot grow so.
     """
     if tokens < 0 or heads < 0 or encoders < 0:
         raise ValueError(f"growth only adds: tokens, heads, encoders are 0 or more, not {tokens}, {heads}, {encoders}")
+    if optimizer is None and old_rate != 1:
+        raise ValueError("old_rate is kept by the optimiser: give it, too")
     depth = model.config.num_hidden_layers
     if any(not 1 <= place <= depth for place in layers):
         raise ValueError(f"blocks can be put before blocks 1 to {depth}, got {list(layers)}; block 0 stays the first")
@@ -90,6 +95,9 @@ def grow(
         _freeze(model, kept, report)
     if optimizer is not None:
         _carry(optimizer, replaced, [model.get_parameter(name) for name in report.added])
+        if old_rate != 1:
+            old_parts = {model.get_parameter(name): _front(before) for name, before in kept.items()}
+            _slow_down(optimizer, old_parts, old_rate)
     return report
 
 
@@ -175,3 +183,20 @@ def _padded(moment: Tensor, old: Tensor, new: Tensor) -> Tensor:
 
 def _settings(group: dict) -> dict:
     return {key: value for key, value in group.items() if key not in ("params", "name")}
+
+
+def _slow_down(optimizer: torch.optim.Optimizer, parts: dict[nn.Parameter, tuple[slice, ...]], rate: float) -> None:
+    """Lets the optimiser move these parts of parameters by `rate` of what it would."""
+    before: dict[nn.Parameter, Tensor] = {}
+
+    def remember(*_: object) -> None:
+        before.update({parameter: parameter[part].detach().clone() for parameter, part in parts.items()})
+
+    @torch.no_grad()
+    def take_back(*_: object) -> None:
+        for parameter, part in parts.items():
+            parameter[part] = torch.lerp(before[parameter], parameter[part], rate)
+        before.clear()
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(take_back)
