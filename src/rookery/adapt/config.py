@@ -29,6 +29,9 @@ class AdaptConfig:
     alpha: float = 0.0
     """Strength of low-rank matrices: the update is scaled by alpha / rank, by alpha / √rank for "rslora"; 0 for
     alpha = rank. "pissa" always has alpha = rank."""
+    base: Literal["", "int8", "int4"] = ""
+    """What the matrices under an adapter are rounded to and kept in while it learns; empty for the run's floats. The
+    adapter then belongs to the rounded matrices: `merge=true` writes these with it."""
     dropout: float = 0.0
     """Share of an adapter's inputs that a training step drops."""
     targets: str = "att,ffn"
@@ -63,5 +66,11 @@ class AdaptConfig:
             raise ValueError(f"adapt.perspectives must be at least 1, got {self.perspectives}")
         if self.mini_r < 0 or (self.mini_r and self.method != "mini"):
             raise ValueError(f"adapt.mini_r is for the method mini and 0 or more; got {self.mini_r} for {self.method}")
+        if self.base not in ("", "int8", "int4"):
+            raise ValueError(f"adapt.base must be int8, int4 or empty, got {self.base!r}")
+        if self.base and self.method not in ADAPTERS:
+            raise ValueError(
+                f"adapt.base rounds what does not learn: it is for {', '.join(ADAPTERS)}, not {self.method}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"adapt.dropout must lie in [0, 1), got {self.dropout}")

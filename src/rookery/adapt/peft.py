@@ -86,7 +86,7 @@ def restart_pissa(model: LanguageModel, config: AdaptConfig, initial: Mapping[st
     draw another."""
     attach(model, AdaptConfig(method="lora", rank=config.rank, dropout=config.dropout, targets=config.targets))
     with torch.no_grad():
-        for name, layer in _layers(model).items():
+        for name, layer in adapted_layers(model).items():
             a, b = (initial[f"{name}.lora_{part}.weight"] for part in "AB")
             layer.lora_A[NAME].weight.copy_(a)
             layer.lora_B[NAME].weight.copy_(b)
@@ -98,7 +98,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's parameters under peft's names, without its prefix: "blocks.0.att.key.lora_A.weight"."""
     return {
         f"{name}.{_told(inner)}": parameter
-        for name, layer in _layers(model).items()
+        for name, layer in adapted_layers(model).items()
         for inner, parameter in layer.named_parameters()
         if not inner.startswith("base_layer.")
     }
@@ -124,7 +124,7 @@ def merge(model: LanguageModel) -> None:
 
     Sums are made in float32 and rounded once.
     """
-    for name, layer in _layers(model).items():
+    for name, layer in adapted_layers(model).items():
         base = layer.get_base_layer()
         dtype = base.weight.dtype
         layer.to(torch.promote_types(dtype, torch.float32))
@@ -237,7 +237,7 @@ def _given(initial: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
     return initial
 
 
-def _layers(model: nn.Module) -> dict[str, Any]:
+def adapted_layers(model: nn.Module) -> dict[str, Any]:
     """The modules that peft put in the place of linear layers, by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -15,6 +15,7 @@ from rookery.adapt.config import ADAPTERS, IN_RWKV_PEFT
 from rookery.adapt.decorrelate import decorrelate
 from rookery.adapt.kernel_state import KernelStart
 from rookery.adapt.peft import INITIAL, attach, fingerprint_of, merge, restart_pissa, save_adapter, save_rwkv_peft
+from rookery.adapt.quantised import quantise_base, restore_base
 from rookery.adapt.read_features import read_features
 from rookery.adapt.state_tuning import StartState, save_start
 from rookery.checkpoints import open_checkpoint
@@ -86,6 +87,8 @@ class FinetuneTask(Task):
             return self.model
         if config.adapt.method in ADAPTERS:
             self._attach(Path(config.out) / INITIAL)
+            if config.adapt.base:
+                quantise_base(self.model, config.adapt.base)
             return self.model
         if config.adapt.method == "perspectives":
             self.model = TemporalPerspectives.from_base(self.model, config.adapt.perspectives, seed=config.seed)
@@ -233,6 +236,7 @@ class FinetuneTask(Task):
             if not config.merge:
                 return
             name = fingerprint_of(self.model)
+            restore_base(self.model)
             merge(self.model)
             self.model.known_as(name)  # what fingerprints sample of a model, no adapter changes
         name = save_tokenizer(self.tokenizer, self.tokenizer.name, out)
