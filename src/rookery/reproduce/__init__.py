@@ -29,6 +29,8 @@ REPRODUCTIONS: dict[str, str] = {
     "state-tuning": "tuned start states: plain, kernel-upscaled, decorrelated, and at test time",
     "meta-state": "a second reading of the state, and growth against training from scratch",
     "goldfinch": "attention on one compressed cache against a hybrid that keeps everything, and RWKV-6",
+    "temporal-perspectives": "mixing vectors once or four times, fine-tuned for another domain, with and without head",
+    "rrwkv": "how far back RWKV-4 looks with mediums, and what each use of them is worth",
 }
 """Name -> what is compared; the file of the same name, with underscores, defines REPRODUCTION."""
 
