@@ -289,7 +289,7 @@ def experiment(work: Work) -> Outcome:
         setup=setup(work),
         seeds=SEEDS,
         plot=lambda figure: draw(figure, found, curves),
-        figure_size=(11, 4.2),
+        figure_size=(13, 4.4),
     )
 
 
@@ -308,7 +308,6 @@ def row(way: Way, parts: list[dict[str, Any]]) -> dict[str, Any]:
         "numbers trained": parts[0]["numbers"],
         "optimiser": f"{'SGD' if way.sgd else 'Adam'} {way.lr:g}",
         **accuracies,
-        "seconds": sum(part["seconds"] for part in parts) / len(parts),
     }
 
 
@@ -320,9 +319,7 @@ def controls(known: list[dict[str, float]]) -> list[dict[str, Any]]:
         values: dict[str, Any] = {}
         for steps in STEPS[:-2] + STEPS[-1:]:
             values |= {f"at {steps} steps": same["x"], f"at {steps} steps ±": same["x ±"]}
-        made.append(
-            {"state": name, "baseline": False, "numbers trained": 0, "optimiser": "–", **values, "seconds": None}
-        )
+        made.append({"state": name, "baseline": False, "numbers trained": 0, "optimiser": "–", **values})
     return made
 
 
@@ -381,7 +378,7 @@ form "{BEST}"; computing is counted in forward-equivalents of one token (a backw
 
 
 def draw(figure: "Figure", found: dict[str, list[dict[str, Any]]], curves: list[dict]) -> None:
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(1, 2, width_ratios=(5, 4))
     for number, (name, parts) in enumerate(found.items()):
         style = ":" if "SGD" in name else "--" if "decorrelated" not in name else "-"
         color = f"C{0 if name.startswith('plain') else 2 if 'stays' in name else 1}"
@@ -389,10 +386,11 @@ def draw(figure: "Figure", found: dict[str, list[dict[str, Any]]], curves: list[
             steps, values = zip(*part["curve"])
             label = name if i == 0 else None
             left.plot(steps, values, style, color=color, label=label, marker=".", lw=1.2, zorder=number)
-    left.set(
-        xlabel="steps of tuning", ylabel="share of the table", ylim=(0, 1.03), title="one line a seed", xscale="log"
-    )
-    left.legend(fontsize=7)
+    left.set(xlabel="steps of tuning", ylabel="share of the table", ylim=(0, 1.03), xscale="log")
+    left.set_xticks(STEPS, [str(steps) for steps in STEPS])
+    left.set_xticks([], minor=True)
+    left.set_title("one line a seed")
+    left.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     for number, mode in enumerate(curves[0]):
         for i, curve in enumerate(curves):
             cost, values = zip(*curve[mode])
