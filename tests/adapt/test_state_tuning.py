@@ -3,7 +3,7 @@ import torch
 from support.language import randomised
 from torch.nn.functional import cross_entropy
 
-from rookery.adapt.state_tuning import StartState, load_start, save_start
+from rookery.adapt.state_tuning import StartState, load_start, save_start, started_from
 from rookery.engine.llm import LLM
 from rookery.errors import BadState
 from rookery.models import create_model, save_model
@@ -151,6 +151,22 @@ def test_a_start_is_float32_for_a_bfloat16_model_and_learns():
     assert {p.dtype for p in start.parameters()} == {torch.float32}
     loss_of(model, start, tokens_of(model)).backward()
     assert all(p.grad is not None for p in start.parameters())
+
+
+@torch.no_grad()
+def test_a_start_may_begin_from_what_a_session_saved(tmp_path):
+    model = model_of("rwkv7-test", torch.float32)
+    tokens = tokens_of(model)
+    state = model(tokens[:1])[1]
+    state.save(tmp_path / "after.state", model)
+    start = started_from(tmp_path / "after.state", model, shifts=True)
+    assert torch.equal(model(tokens[1:], start(1))[0], model(tokens[1:], state)[0])
+    save_start(start, tmp_path / "tuned.safetensors", model)
+    again = started_from(tmp_path / "tuned.safetensors", model, shifts=True)
+    torch.testing.assert_close(again.state_dict(), start.state_dict())
+    model(tokens)[1].save(tmp_path / "two.state", model)
+    with pytest.raises(BadState, match=r"two.state' holds 2 rows; a text begins from one"):
+        started_from(tmp_path / "two.state", model)
 
 
 def test_models_without_a_recurrent_state_are_refused():

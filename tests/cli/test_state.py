@@ -43,6 +43,11 @@ def test_tune_trains_a_state_that_generate_takes(cli, model_path, tmp_path, form
     assert code == 0, err
     found = json.loads(told)
     assert found["with the state"] != found["without the state"]
+    more = ["--out", tmp_path / "more", "--from", out / "state.safetensors", "--steps", 1, "--lr", "1e-9"]
+    code, _, err = cli("state", "tune", tmp_path / "x.jsonl", *given, *more)
+    assert code == 0, err
+    again = load_start(tmp_path / "more/state.safetensors", load(model_path))
+    torch.testing.assert_close(again.state_dict(), start.state_dict(), rtol=1e-3, atol=1e-4)
 
 
 def test_eval_prints_both(cli, model_path, tuned, tmp_path):

@@ -41,6 +41,8 @@ class AdaptConfig:
     """How many "perspectives" the model becomes; its time and its state grow as many times."""
     shifts: bool = False
     """Whether "state" also trains the vectors that stand for the token before the first."""
+    start: str = ""
+    """File that "state" begins from: a tuned state, or what a session saved after a prompt; zeros where empty."""
     features: int = 0
     """Features per head of a kernel-upscaled "state", RWKV-7 only; four times the head's channels are usual. 0 trains
     the plain state, which every runner knows."""

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from rookery.checkpoints.tuned_state import UPSCALED, read_tuned_state, save_tuned_state
+from rookery.checkpoints.tuned_state import UPSCALED, find_tuned_state, read_tuned_state, save_tuned_state
+from rookery.errors import BadState
 from rookery.nn.language_model import LanguageModel
 from rookery.state import State, from_numpy
 
@@ -143,4 +144,15 @@ def load_start(path: str | os.PathLike[str], model: LanguageModel, *, shifts: bo
     fresh = start.fresh[0].arrays()
     arrays = tuned.onto(fresh, family=model.family, config=model.config, model=model.fingerprint())
     start.begin_from({name: from_numpy(arrays[name])[0] for name in start.fresh[0].tensors()})
+    return start
+
+
+def started_from(path: str | os.PathLike[str], model: LanguageModel, *, shifts: bool = False) -> StartState:
+    """As `load_start`, but for any file with a state: what a session saved after a prompt is a place to begin, too."""
+    if find_tuned_state(path) is not None:
+        return load_start(path, model, shifts=shifts)
+    start, state = StartState(model, shifts=shifts), State.load(path, model)
+    if state.batch != 1:
+        raise BadState(f"{os.fspath(path)!r} holds {state.batch} rows; a text begins from one")
+    start.begin_from({name: tensor[0] for name, tensor in state.tensors().items()})
     return start

@@ -342,7 +342,8 @@ tuning by distillation answers more than the best of several samples does for no
 The kernel state is {"above" if upscaled else "not above"} the plain one ({100 * by_name["kernel"][key]:.0f}% against
 {100 * by_name["plain"][key]:.0f}%), the decorrelated one is {"above" if decorrelated else "not above"} it
 ({100 * by_name["kernel, decorrelated"][key]:.0f}%). At test time distillation answers {100 * distilled:.0f}%, the best
-sample at no less computing {100 * selected:.0f}%.
+sample at no less computing {100 * selected:.0f}%. Decorrelation alone leaves the plain state at
+{100 * by_name["plain, decorrelated"][key]:.0f}% after {JUDGED} steps.
 
 An interpretation: the paper has no public code or tables to compare with. The task is chosen so that no untuned model
 of any size can know the table ({100 * known[0]["alone"]:.0f}% here, chance {100 / KEYS:.1f}%), while the same model

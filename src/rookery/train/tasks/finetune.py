@@ -17,7 +17,7 @@ from rookery.adapt.kernel_state import KernelStart
 from rookery.adapt.peft import INITIAL, attach, fingerprint_of, merge, restart_pissa, save_adapter, save_rwkv_peft
 from rookery.adapt.quantised import quantise_base, restore_base
 from rookery.adapt.read_features import read_features
-from rookery.adapt.state_tuning import StartState, save_start
+from rookery.adapt.state_tuning import StartState, save_start, started_from
 from rookery.checkpoints import open_checkpoint
 from rookery.checkpoints.atomic import replacing
 from rookery.data.jsonl import Preference, Sample, read_preferences, read_samples
@@ -77,7 +77,7 @@ class FinetuneTask(Task):
         self.trained: nn.Module = self._adapt()
         self.documents, self.held_out = self._read()
         self.packs = self._packs(self.documents, config.seed)
-        if isinstance(self.start, KernelStart):
+        if isinstance(self.start, KernelStart) and not config.adapt.start:
             self._calibrate(self.start)
         self.references: References | None = None
 
@@ -96,12 +96,14 @@ class FinetuneTask(Task):
             return self.model
         self.model.requires_grad_(False).eval().to(getattr(torch, config.dtype))
         adapt = config.adapt
-        if adapt.features:
+        if adapt.start:
+            self.start = started_from(adapt.start, self.model, shifts=adapt.shifts)
+        elif adapt.features:
             form = {"kernel": adapt.kernel, "transition": adapt.transition, "shifts": adapt.shifts}
             self.start = KernelStart(self.model, features=adapt.features, **form)
-            self.model = self.start.model[0]
         else:
             self.start = StartState(self.model, shifts=adapt.shifts)
+        self.model = self.start.model[0]
         return self.start
 
     def _calibrate(self, start: KernelStart) -> None:
