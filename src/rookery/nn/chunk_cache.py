@@ -46,6 +46,21 @@ def empty(config: Any, batch: int, heads: int, dim: int, like: Tensor) -> ChunkC
     return ChunkCache(none, none, nowhere, none, none, nowhere, means, like.new_zeros(batch, votes, heads, dim))
 
 
+class Completion(NamedTuple):
+    """Chunks that become complete in a round."""
+
+    most: int
+    """Entries of the filling chunk that they take, in the row that completes most."""
+    means: Growth
+    """Where their mean keys go."""
+    move: Growth
+    """Where they go themselves."""
+    rest: Tensor
+    """int64 [r, o], what the new filling chunk is made of"""
+    none: Tensor
+    """bool [r, o], places where it has no entry yet"""
+
+
 class Round(NamedTuple):
     """New tokens up to the next eviction."""
 
@@ -61,10 +76,9 @@ class Round(NamedTuple):
     """int64 [r, t], the queries' entry numbers, −1 at padding"""
     tokens: Tensor
     """int64 [r, t], their places in the text, −1 at padding"""
-    done: list[int]
-    """Chunks that each row completes."""
     places: tuple[int, int]
     """Places for entries after the round, in complete chunks and in the filling one."""
+    completion: Completion | None
     full: Tensor | None
     """Rows to reduce at the round's end."""
 
@@ -112,8 +126,8 @@ def _round(
 ) -> Round:
     size = config.chunk_size
     entries = [config.entries(n) for n in before]
-    filling = [e % size for e in entries]
-    base = torch.tensor([e // size * size for e in entries], device=device)
+    filling, chunks = [e % size for e in entries], [e // size for e in entries]
+    base = torch.tensor(chunks, device=device) * size
     after = [n + t for n, t in zip(before, taken)]
     # the places that the most tokens of any row ask for, and never fewer than there are
     places = tuple(max(*pair) for pair in zip(held, config.places(max(after))))
@@ -130,9 +144,27 @@ def _round(
         write=write,
         positions=torch.where(write.positions < 0, -1, base[:, None] + write.positions),
         tokens=_growth(before, taken, 0, device).positions,
-        done=[(f + t) // size for f, t in zip(filling, taken)],
         places=places,
+        completion=_completion(size, chunks, [f + t for f, t in zip(filling, taken)], length, places, device),
         full=torch.tensor(full, device=device) if full else None,
+    )
+
+
+def _completion(
+    size: int, chunks: list[int], reached: list[int], length: int, places: tuple[int, int], device: torch.device
+) -> Completion | None:
+    """For rows with so many `chunks` whose filling places, `length` of them, hold `reached` entries."""
+    done = [n // size for n in reached]
+    if not any(done):
+        return None
+    complete = [n * size for n in done]
+    rest = torch.tensor(complete, device=device)[:, None] + torch.arange(places[1], device=device)
+    return Completion(
+        most=max(complete),
+        means=_growth(chunks, done, places[0] // size, device),
+        move=_growth([n * size for n in chunks], complete, places[0], device),
+        rest=rest.clamp(max=length - 1),
+        none=rest >= torch.tensor(reached, device=device)[:, None],
     )
 
 
@@ -146,7 +178,7 @@ def attend(
         return _read(config, q, k, v, cache, rounds[0])
     y = torch.zeros_like(q)
     for now in rounds:
-        index = now.take.positions.clamp(min=0)[..., None, None].expand(-1, -1, *q.shape[2:])
+        index = _like(now.take.positions.clamp(min=0), q)
         found, cache = _read(config, *(x.gather(1, index) for x in (q, k, v)), cache, now)
         y = now.take.write(y, found)
     return y, cache
@@ -158,8 +190,9 @@ def _read(config: Any, q: Tensor, k: Tensor, v: Tensor, cache: ChunkCache, now: 
     if config.max_entries:
         tokens = now.tokens[..., None].expand(-1, -1, q.shape[2])
         cache = cache._replace(positions=now.write.write(cache.positions, tokens))
-    if any(now.done):
-        cache = cache._replace(chunk_means=_with_new_means(config.chunk_size, cache, now))
+    if now.completion:
+        new = _means(cache.keys[:, : now.completion.most], config.chunk_size)
+        cache = cache._replace(chunk_means=now.completion.means.write(cache.chunk_means, new))
     y = chunk_attention(
         q=q,
         past_k=cache.past_keys,
@@ -174,8 +207,8 @@ def _read(config: Any, q: Tensor, k: Tensor, v: Tensor, cache: ChunkCache, now: 
     )
     if cache.queries.shape[1]:
         cache = cache._replace(queries=_last(cache.queries, q.detach(), now.taken))
-    if any(now.done):
-        cache = _with_complete_chunks_moved(config.chunk_size, cache, now)
+    if now.completion:
+        cache = _with_complete_chunks_moved(cache, now.completion)
     if now.full is not None:
         cache = _reduced(config, cache, now)
     return y, cache
@@ -187,13 +220,6 @@ def _means(keys: Tensor, size: int) -> Tensor:
     return wide.unflatten(1, (-1, size)).mean(dim=2)
 
 
-def _with_new_means(size: int, cache: ChunkCache, now: Round) -> Tensor:
-    chunks = max(now.done)
-    new = _means(cache.keys[:, : chunks * size], size)
-    start = [b // size for b in now.base.tolist()]
-    return _growth(start, now.done, now.places[0] // size, new.device).write(cache.chunk_means, new)
-
-
 def _last(queries: Tensor, new: Tensor, taken: list[int]) -> Tensor:
     """The last queries of each row, after `taken` new ones at the front of `new`."""
     both = torch.cat([queries, new], dim=1)
@@ -201,27 +227,30 @@ def _last(queries: Tensor, new: Tensor, taken: list[int]) -> Tensor:
     if len({*taken}) == 1:
         return both[:, taken[0] : taken[0] + observed]
     index = torch.tensor(taken, device=new.device)[:, None] + torch.arange(observed, device=new.device)
-    return both.gather(1, index[..., None, None].expand(-1, -1, *both.shape[2:]))
+    return both.gather(1, _like(index, both))
 
 
-def _with_complete_chunks_moved(size: int, cache: ChunkCache, now: Round) -> ChunkCache:
+def _with_complete_chunks_moved(cache: ChunkCache, done: Completion) -> ChunkCache:
     """Chunks that are complete leave the filling places; what has begun after them moves to the front."""
-    complete = [done * size for done in now.done]
-    move = _growth(now.base.tolist(), complete, now.places[0], now.base.device)
-    end = now.write.start + torch.tensor(now.taken, device=now.base.device)
-    index = torch.tensor(complete, device=now.base.device)[:, None] + torch.arange(now.places[1], device=end.device)
-    beyond = index >= end[:, None]
-    index = index.clamp(max=cache.keys.shape[1] - 1)
     changed = {}
-    for past, filling in (("past_keys", "keys"), ("past_values", "values"), ("past_positions", "positions")):
-        old, x = getattr(cache, past), getattr(cache, filling)
+    for past, filling in PAIRS:
+        x = getattr(cache, filling)
         if not x.shape[1]:
             continue  # positions that nobody keeps
-        rest = (1,) * (x.dim() - 2)
-        changed[past] = move.write(old, x[:, : max(complete)])
-        begun = x.gather(1, index.view(*index.shape, *rest).expand(-1, -1, *x.shape[2:]))
-        changed[filling] = begun.masked_fill(beyond.view(*beyond.shape, *rest), 0)
+        changed[past] = done.move.write(getattr(cache, past), x[:, : done.most])
+        begun = x.gather(1, _like(done.rest, x))
+        changed[filling] = begun.masked_fill(_like(done.none, x), 0)
     return cache._replace(**changed)
+
+
+PAIRS = (("past_keys", "keys"), ("past_values", "values"), ("past_positions", "positions"))
+"""Fields that entries go through: places in complete chunks, places in the filling one."""
+
+
+def _like(index: Tensor, x: Tensor) -> Tensor:
+    """`index`, of the first dimensions of x [r, p, ...], for all of its last ones."""
+    missing = (1,) * (x.dim() - index.dim())
+    return index.view(*index.shape, *missing).expand(*index.shape, *x.shape[index.dim() :])
 
 
 def _reduced(config: Any, cache: ChunkCache, now: Round) -> ChunkCache:
@@ -237,9 +266,9 @@ def _reduced(config: Any, cache: ChunkCache, now: Round) -> ChunkCache:
     index = kept(config, keys, rows.queries).transpose(1, 2)  # [r, least, h]
     border = least // size * size
     changed = {}
-    for past, filling in (("past_keys", "keys"), ("past_values", "values"), ("past_positions", "positions")):
+    for past, filling in PAIRS:
         x = all_of(getattr(rows, past), getattr(rows, filling))
-        x = x.gather(1, index.view(*index.shape, *(1,) * (x.dim() - 3)).expand(-1, -1, *x.shape[2:]))
+        x = x.gather(1, _like(index, x))
         for name, part in ((past, x[:, :border]), (filling, x[:, border:])):
             old = getattr(cache, name)
             behind = (0, 0) * (part.dim() - 2)

@@ -25,6 +25,7 @@ REPRODUCTIONS: dict[str, str] = {
     "wuneng": "overwritten recall and state tracking: attention heads, state heads, both, and WuNeng's parts",
     "based": "recall against the bytes of the state: BASED's features and window, RWKV-7, attention",
     "bone": "MiSS and BAT (once Bone) against LoRA, PiSSA, DoRA, all weights and the start state",
+    "rwkv-x": "a passkey far beyond the training length, with sparse attention on top of RWKV-7 and without",
     "rimer": "RWKV-7 on time series against a transformer of its size, DLinear and naive forecasts",
     "state-tuning": "tuned start states: plain, kernel-upscaled, decorrelated, and at test time",
     "meta-state": "a second reading of the state, and growth against training from scratch",
