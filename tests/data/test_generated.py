@@ -6,7 +6,7 @@ import torch
 
 from rookery.data.generated import UNLABELLED, row_generator, rows
 from rookery.data.passkey_text import NAMES, PasskeyText, filler, words
-from rookery.data.recall import Overwrite, Passkey, Recall, Stream
+from rookery.data.recall import Facts, Overwrite, Passkey, Recall
 from rookery.data.word_problems import WordProblem, elements, generators, index_of
 
 TASKS = [
@@ -16,8 +16,8 @@ TASKS = [
     Overwrite(),
     Passkey(),
     Passkey(depth=0.5, decoys=4),
-    Stream(),
-    Stream(length=64, pairs=5, noise=0.4),
+    Facts(values=8),
+    Facts(names=9, values=6, noise_ids=3, length=40, asked=0.0),
     PasskeyText(),
     PasskeyText(depth=0.3, needles=4, digits=3),
     WordProblem(),
@@ -100,26 +100,41 @@ def test_the_passkey_stands_once_and_where_it_should(decoys):
         assert row.count(wanted[-1]) == 1
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.3])
-def test_a_stream_asks_for_every_key_that_was_told(noise):
-    task = Stream(length=128, pairs=8, noise=noise)
+def told(task, row):
+    """Name -> value of the facts of a row, and how often each stands there."""
+    facts = [
+        divmod(token - task.names, task.values) for token in row if 0 <= token - task.names < task.names * task.values
+    ]
+    assert len({name for name, _ in facts}) == len(set(facts)), "one value per name"
+    return dict(facts), [name for name, _ in facts]
+
+
+def test_a_name_is_asked_for_after_its_fact_was_told():
+    task = Facts(names=20, length=100)
     tokens, labels = rows(task, seed=0, first=0, count=10)
     for row, wanted in zip(tokens.tolist(), labels.tolist()):
-        book, noisy = {}, 0
-        keys = {row[i] for i in range(128) if wanted[i] != UNLABELLED}
-        for i in range(0, 128, 2):
-            noisy += row[i] not in keys
-            if wanted[i] != UNLABELLED:
-                assert book[row[i]] == row[i + 1] == wanted[i]
-            book.setdefault(row[i], row[i + 1])
-            assert wanted[i + 1] == UNLABELLED
-        assert len(keys) <= 8
-        assert (noisy > 10) == (noise > 0)
+        asked = [i for i in range(100) if wanted[i] != UNLABELLED]
+        assert asked == [i for i in range(100) if row[i] < 20]
+        assert 15 < len(asked) < 45
+        for i in asked:
+            assert told(task, row[:i])[0][row[i]] == wanted[i] - 20 * 5
 
 
-def test_a_stream_needs_more_keys_than_pairs():
-    with pytest.raises(ValueError, match=r"length 9 must be even and pairs \(3\) 1 to 15"):
-        Stream(vocab_size=32, length=9, pairs=3)
+def test_a_fact_that_is_asked_for_at_the_end_stands_once_and_where_it_should():
+    task = Facts(names=20, length=100, asked=0.0, depth=0.5)
+    tokens, labels = rows(task, seed=0, first=0, count=10)
+    for row, wanted in zip(tokens.tolist(), labels.tolist()):
+        book, names = told(task, row)
+        assert names.count(row[-1]) == 1
+        assert row[49] == 20 + 4 * row[-1] + book[row[-1]]
+        assert wanted[-1] == 20 * 5 + book[row[-1]]
+        assert wanted[:-1] == [UNLABELLED] * 99
+    assert len(set(tokens[:, -1].tolist())) > 4
+
+
+def test_facts_need_places():
+    with pytest.raises(ValueError, match=r"told \(0.8\) above 0 and told \+ asked at most 1"):
+        Facts(told=0.8)
 
 
 def test_the_text_holds_its_needle_and_asks_for_it():

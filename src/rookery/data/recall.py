@@ -163,40 +163,65 @@ class Passkey:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stream:
-    """Pairs drawn again and again: from its second time on, a key's value is asked for. Many answers a row."""
+class Facts:
+    """Facts of one token each, (name, value), among noise; a name's own token asks for its value.
 
-    vocab_size: int = 512
+    A row has one value per name. Ids: 0 … names − 1 ask, then the facts, name by name, then values, then noise.
+    """
+
+    names: int = 128
+    values: int = 4
+    noise_ids: int = 32
     length: int = 128
-    """Tokens of a row; even."""
-    pairs: int = 16
-    """Different ones."""
-    noise: float = 0.0
-    """Share of places where two random tokens stand in a pair's stead."""
+    told: float = 0.6
+    """Share of places where a fact stands."""
+    asked: float = 0.3
+    """Share of places where a name that was told is asked for; 0 for the last place only, which then asks for a fact
+    that stands once in the row."""
+    depth: float | None = None
+    """Place of that fact, from 0 to 1; None draws one for every row."""
 
     def __post_init__(self) -> None:
-        if self.length % 2 or not 1 <= self.pairs < self.vocab_size // 2:
+        if self.length < 4 or self.told <= 0 or self.asked < 0 or self.told + self.asked > 1:
             raise ValueError(
-                f"length {self.length} must be even and pairs ({self.pairs}) 1 to {self.vocab_size // 2 - 1}"
+                f"length ({self.length}) must be at least 4, told ({self.told}) above 0 and told + asked at most 1"
             )
 
     @property
+    def vocab_size(self) -> int:
+        return self.names * (1 + self.values) + self.values + self.noise_ids
+
+    @property
     def chance(self) -> float:
-        return 1 / (self.vocab_size - self.vocab_size // 2)
+        return 1 / self.values
 
     def row(self, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        half = self.vocab_size // 2
-        keys = 1 + generator.choice(half - 1, self.pairs, replace=False)
-        values = half + generator.choice(self.vocab_size - half, self.pairs, replace=False)
-        which = generator.integers(self.pairs, size=self.length // 2)
-        places = np.stack([keys[which], values[which]], axis=1)
-        noisy = generator.random(len(which)) < self.noise
-        others = np.setdiff1d(np.arange(self.vocab_size), [*keys, *values])
-        places[noisy] = generator.choice(others, (int(noisy.sum()), 2))
-        labels = np.full((len(which), 2), UNLABELLED)
-        told: set[int] = set()
-        for at in np.flatnonzero(~noisy):
-            if which[at] in told:
-                labels[at, 0] = values[which[at]]
-            told.add(which[at])
-        return places.ravel(), labels.ravel()
+        book = generator.integers(self.values, size=self.names)
+        facts = self.names + self.values * np.arange(self.names) + book
+        answers = self.names * (1 + self.values) + book
+        tokens = generator.integers(self.vocab_size - self.noise_ids, self.vocab_size, self.length)
+        labels = np.full(self.length, UNLABELLED)
+        which = generator.integers(0 if self.asked else 1, self.names, self.length)  # fact 0 is the single one
+        kind = generator.random(self.length)
+        told = kind < self.told
+        tokens[told] = facts[which[told]]
+        if not self.asked:
+            depth = generator.random() if self.depth is None else self.depth
+            tokens[round(depth * (self.length - 2))] = facts[0]
+            tokens[-1], labels[-1] = 0, answers[0]
+            # name 0 is special nowhere else: names change places
+            return self._renamed(tokens, labels, generator)
+        known = np.flatnonzero(told)
+        for at in np.flatnonzero((kind >= self.told) & (kind < self.told + self.asked)):
+            if before := int(np.searchsorted(known, at)):
+                name = which[known[generator.integers(before)]]
+                tokens[at], labels[at] = name, answers[name]
+        return tokens, labels
+
+    def _renamed(
+        self, tokens: np.ndarray, labels: np.ndarray, generator: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        new = generator.permutation(self.names)
+        facts = self.names + self.values * new[:, None] + np.arange(self.values)
+        rest = np.arange(self.names * (1 + self.values), self.vocab_size)
+        return np.concatenate([new, facts.ravel(), rest])[tokens], labels

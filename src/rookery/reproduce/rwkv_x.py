@@ -3,11 +3,14 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from rookery.data.generated import rows
-from rookery.data.recall import Passkey, Stream
+from rookery.data.recall import Facts
+from rookery.models import create_model
 from rookery.models.rwkv_x import RWKVX
+from rookery.nn.initial import normal_
 from rookery.registry import configure
 from rookery.reproduce.arms import Arm, Fit, accuracy, fit, parameters
 from rookery.reproduce.base import Outcome, Reproduction, Work
@@ -17,36 +20,57 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SEEDS = (0, 1)
-VOCABULARY, LONGEST = 256, 128
-LENGTHS = (128, 256, 512, 1024, 2048, 4096)
-TEST_ROWS = {128: 96, 256: 96, 512: 64, 1024: 48, 2048: 32, 4096: 24}
-DECOYS = 4
+LONGEST = 128
+LENGTHS = (128, 256, 512, 1024, 2048)
+TEST_ROWS = {128: 96, 256: 96, 512: 96, 1024: 64, 2048: 48}
 LIMITS = {"max_entries": 512, "min_entries": 256, "window": 64}
-SPARSE = {"num_sparse_layers": 1, "chunk_size": 16, "topk": 3}
+SPARSE = {"num_sparse_layers": 1, "chunk_size": 8, "topk": 8}
+
+
+SIZES = {
+    "hidden_size": 64,
+    "vocab_size": Facts().vocab_size,
+    "head_dim": 16,
+    "intermediate_size": 128,
+    "decay_rank": 16,
+    "rate_rank": 16,
+    "value_rank": 16,
+    "gate_rank": 32,
+}
+"""Heads of 16 keep the recurrent states small."""
 
 
 def arms() -> list[Arm]:
-    """One RWKV-7 block and a sparse one, against two RWKV-7 blocks; heads of 16 keep the recurrent states small."""
-    sizes = {"hidden_size": 64, "vocab_size": VOCABULARY, "head_dim": 16, "intermediate_size": 128}
-    sizes |= {"decay_rank": 16, "rate_rank": 16, "value_rank": 16, "gate_rank": 32}
+    """One RWKV-7 block and a sparse one, against two RWKV-7 blocks."""
     return [
-        Arm(name="rwkv-x", overrides={**sizes, "num_hidden_layers": 1, **SPARSE}),
-        Arm(name="rwkv7", overrides={**sizes, "num_hidden_layers": 2}, baseline=True),
+        Arm(name="rwkv-x", overrides={**SIZES, "num_hidden_layers": 1, **SPARSE}),
+        Arm(name="rwkv7", overrides={**SIZES, "num_hidden_layers": 2}, baseline=True),
     ]
 
 
-def task(step: int) -> Stream:
-    """Rows of 32, 64 and 128 tokens in turn, pairs told and asked for twice and more in each."""
-    length = LONGEST >> (2 - step % 3)
-    return Stream(vocab_size=VOCABULARY, length=length, pairs=3 * length // 16, noise=0.2)
+@torch.no_grad()
+def untrained(arm: Arm, seed: int) -> nn.Module:
+    """The arm's model; the sparse block's projections are as large as those of a trained model would be."""
+    model = create_model(arm.name, seed=seed, **arm.overrides)
+    if isinstance(model, RWKVX):
+        generator = torch.Generator().manual_seed(seed)
+        for block in model.moba:
+            for name in ("receptance", "key", "value"):
+                normal_(block.att.get_submodule(name).weight, model.config.hidden_size**-0.5, generator)
+    return model
+
+
+def task(step: int) -> Facts:
+    """Rows of 32, 64 and 128 tokens in turn."""
+    return Facts(length=LONGEST >> (2 - step % 3))
 
 
 def measure(arm: Arm, seed: int, how: Fit, work: Work) -> dict[str, Any]:
     """Trains one arm; its accuracy by length, as trained and with other settings of the cache."""
     work.say(f"{arm.name}, seed {seed}")
-    model = arm.create(seed)
+    model = untrained(arm, seed)
     curve = fit(model, lambda step: task(2) if step == how.steps else task(step), seed, how, work.say)
-    lengths = work.size(quick=LENGTHS[:2], default=LENGTHS, full=(*LENGTHS, 8192))
+    lengths = work.size(quick=LENGTHS[:2], default=LENGTHS, full=(*LENGTHS, 4096))
     variants = {arm.name: model}
     if isinstance(model, RWKVX):
         variants["rwkv-x, every chunk seen"] = changed(model, topk=1 << 20)
@@ -66,15 +90,15 @@ def changed(model: RWKVX, **settings: Any) -> RWKVX:
 
 
 def passkeys(model: nn.Module, length: int, seed: int, work: Work) -> float:
-    """Share of passkeys found in rows of `length` tokens, anywhere in them."""
+    """Share of the facts told once, anywhere in a row of `length` tokens, that are known at its end."""
     count = work.size(quick=2, default=TEST_ROWS.get(length, 16), full=96)
-    asked = Passkey(vocab_size=VOCABULARY, length=length, decoys=DECOYS)
+    asked = Facts(length=length, asked=0.0)
     return accuracy(model, *rows(asked, seed=seed, first=0, count=count, split="test"), batch=16)
 
 
 def experiment(work: Work) -> Outcome:
     how = Fit(
-        steps=work.size(quick=3, default=900, full=3000),
+        steps=work.size(quick=3, default=600, full=3000),
         batch_size=work.size(quick=2, default=24, full=24),
         lr=3e-3,
         test_every=work.size(quick=3, default=100, full=250),
@@ -128,7 +152,9 @@ def judge(table: list[dict[str, Any]]) -> tuple[bool, str]:
     lengths = [int(key.split()[0]) for key in ours if key.endswith(" tokens")]
     beyond = [f"{n} tokens" for n in lengths if n >= 8 * LONGEST] or [f"{lengths[-1]} tokens"]
     apart = all(ours[key] - base[key] > ours[key + " ±"] + base[key + " ±"] for key in beyond)
-    holds = ours[beyond[0]] >= ours[f"{lengths[0]} tokens"] / 2
+    within = f"{lengths[0]} tokens"
+    chance = Facts().chance
+    holds = ours[beyond[0]] - chance >= (ours[within] - chance) / 2
     told = "; ".join(f"{key}: {100 * ours[key]:.0f}% against {100 * base[key]:.0f}%" for key in beyond)
     others = "\n".join(
         f"- {name}: {', '.join(f'{100 * row[key]:.0f}% of {key}' for key in beyond)}"
@@ -138,32 +164,37 @@ def judge(table: list[dict[str, Any]]) -> tuple[bool, str]:
     return (
         apart and holds,
         f"""The rule: from 8 times the training length on, RWKV-X finds more passkeys than RWKV-7 by more than both
-spreads together, and at 8 times it finds at least half of what it finds within the training length.
+spreads together, and at 8 times it lies at least half as far above chance as within the training length.
 
-{told} (RWKV-X against RWKV-7; {100 * ours[f"{lengths[0]} tokens"]:.0f}% and {100 * base[f"{lengths[0]} tokens"]:.0f}%
-within the training length). The first part is {"met" if apart else "not met"}, the second
+{told} (RWKV-X against RWKV-7; {100 * ours[within]:.0f}% and {100 * base[within]:.0f}% within the training length;
+chance is {100 * chance:.0f}%). The first part is {"met" if apart else "not met"}, the second
 {"met" if holds else "not met"}.
 
 The weights of RWKV-X with other settings of the cache, which training did not know:
 
 {others}
 
-What is evicted is decided before the question is asked, by queries that know nothing of it: a vote can keep a passkey
-only if it stands out among random pairs, which nothing in this task makes it do. Keeping the newest entries finds those
-passkeys that are among them. The tasks are made up, the models tiny: this shows that choosing chunks by their mean keys
-carries an association through filler that a state of this size cannot, not what the published models do on texts.""",
+What is evicted is decided before the question is asked, by queries that know nothing of it: a vote keeps a passkey only
+if it stands out among other facts, which nothing in this task makes it do. Keeping the newest entries finds those that
+are among them. The task is made up, the models tiny: this shows that choosing chunks by their mean keys carries a fact
+through what a recurrent state of this size forgets, not what the published models do on texts.""",
     )
 
 
 def setup(how: Fit) -> str:
-    return f"""Training: streams of pairs of random ids (vocabulary of {VOCABULARY}), each key asked for from its second
-time on, a fifth of the places noise; rows of 32, 64 and {LONGEST} tokens in turn, {how.steps:,} steps of
-{how.batch_size}, AdamW at {how.lr:g} (not searched) with warm-up and cosine. Testing: one pair anywhere in random filler
-with {DECOYS} decoys, its key the last token (chance {Passkey(vocab_size=VOCABULARY).chance:.3f}); rows that training
-never saw.
+    facts = Facts()
+    return f"""Facts are tokens, one for each of {facts.names} names and {facts.values} values; a name's own token asks
+for its value. In training, {100 * facts.told:.0f}% of the places hold facts, {100 * facts.asked:.0f}% ask for one that
+was told, the rest is noise; rows of 32, 64 and {LONGEST} tokens in turn, {how.steps:,} steps of {how.batch_size}, AdamW
+at {how.lr:g} (not searched) with warm-up and cosine. The passkey is a fact told once, anywhere in a row of facts about
+other names, told again and again, and noise; the last token asks for it. Rows that training never saw.
 
 RWKV-X: one RWKV-7 block, one sparse block (chunks of {SPARSE["chunk_size"]}, {SPARSE["topk"]} seen by a query), no
-limit of the cache unless said. The baseline: two RWKV-7 blocks. Width 64, heads of 16, published initial weights."""
+limit of the cache unless said. The baseline: two RWKV-7 blocks. Width 64, heads of 16. Initial weights are the
+published ones, but the sparse block's projections of queries, keys and values have the variance 1/width. With the
+published ones for training from nothing, whose keys are 35 times smaller, the attention was still idle when the
+recurrence had learned what it could of the task and training ended (found in trials before the run that is shown, as
+were the sizes of the chunks)."""
 
 
 def draw(figure: "Figure", runs: dict[str, list[dict[str, Any]]]) -> None:
