@@ -139,6 +139,21 @@ def test_a_block_of_minus_a_share_shrinks_what_it_finds():
         np.testing.assert_allclose(rules.without_affine_blocks(changed, blocks, by_rows=by_rows), weight, atol=1e-6)
 
 
+def test_how_much_of_a_matrix_each_kind_can_change():
+    """Ranks of the update (adaptation.md C.7): r for MiSS, more than r for BAT; with r = inputs MiSS is any change."""
+    weight = numbers(16, 24)
+    assert np.linalg.matrix_rank(rules.shards(weight, numbers(8, 16)) - weight, tol=1e-4) == 8
+    changed = rules.affine_blocks(weight, numbers(2, 8, 8), by_rows=True) - weight
+    assert np.linalg.matrix_rank(changed, tol=1e-4) == 16
+    target = numbers(16, 24)
+    np.testing.assert_allclose(rules.shards(weight, (target - weight).T), target, atol=1e-6)
+    whole, tiled = numbers(8, 16), numbers(8, 4)
+    np.testing.assert_array_equal(
+        rules.shards(weight, np.tile(tiled, (1, 4))), rules.shards(weight, tiled)
+    )  # mini is MiSS with repeated columns
+    assert np.abs(rules.shards(weight, whole) - weight).max() > 0
+
+
 # other forms
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -32,7 +33,8 @@ class HotAdapters:
     """A base and the adapters that it can answer with.
 
     `adapters.load("mine", path)`, then `LLM.from_runner(adapters.runner("mine"))`; any number of such runners share the
-    base's weights. `runner(None)` is the base itself. Not for several threads at once.
+    base's weights. `runner(None)` is the base itself. Runners may belong to several
+    threads, which wait for each other; `using` is for one.
     """
 
     def __init__(self, model: LanguageModel) -> None:
@@ -40,6 +42,8 @@ class HotAdapters:
         self.changes: dict[str, dict[str, Change]] = {}
         self.digests: dict[str, str] = {}
         self.active: str | None = None
+        self.lock = threading.RLock()
+        """Held while a runner computes: which adapter is in use holds for the whole model."""
         self.layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         for name, layer in self.layers.items():
             layer.register_forward_hook(partial(self._changed, name))
@@ -109,11 +113,11 @@ class _Runner(TorchRunner):
         return self.adapters.fingerprint(self.adapter)
 
     def forward(self, *given: Any, **named: Any) -> np.ndarray:
-        with self.adapters.using(self.adapter):
+        with self.adapters.lock, self.adapters.using(self.adapter):
             return super().forward(*given, **named)
 
     def forward_rows(self, *given: Any, **named: Any) -> Sequence[np.ndarray]:
-        with self.adapters.using(self.adapter):
+        with self.adapters.lock, self.adapters.using(self.adapter):
             return super().forward_rows(*given, **named)
 
 

@@ -25,9 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     describe = verbs.add_parser("describe", help="describe pictures by what is known of them, for RWKV-CLIP")
     describe.add_argument("source", help="JSONL with raw, synthetic, tags a line")
     describe.add_argument("--out", required=True, metavar="FILE", help="the same with a text called generated")
-    describe.add_argument(
-        "--url", help="server of OpenAI's protocol, ending in /v1 (default: no model, by rule)"
-    )
+    describe.add_argument("--url", help="server of OpenAI's protocol, ending in /v1 (default: no model, by rule)")
     describe.add_argument("--model", default="default", help="model to ask there (%(default)s)")
     describe.add_argument(
         "--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="holds the key (%(default)s)"

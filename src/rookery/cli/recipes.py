@@ -9,6 +9,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     from rookery.recipes import RECIPES, recipe
+    from rookery.recipes.distill import STAGES
     from rookery.train.config import describe
 
     if given.name:
@@ -17,4 +18,6 @@ def run(given: argparse.Namespace) -> int:
     width = max(map(len, RECIPES))
     for name, make in RECIPES.items():
         print(f"{name:<{width}}  {make.__doc__}")
+    for name, stages in STAGES.items():
+        print(f"{name:<{width}}  For `rookery distill`, one after the other: {', '.join(stages)}.")
     return 0

@@ -6,6 +6,7 @@ Answers are made side by side. SIGTERM and Ctrl-C let open ones end first.
 import argparse
 import logging
 import sys
+from typing import Any
 
 from rookery.cli.options import add_model, load_llm
 
@@ -15,6 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(%(default)s)")
     parser.add_argument("--name", action="append", default=[], help="name of a model, in their order (its file's)")
+    parser.add_argument(
+        "--swap", action="append", default=[], metavar="NAME=FILE", help="an adapter of the first model, on its weights"
+    )
     parser.add_argument("--template", metavar="NAME", help="form of conversation: g1, world, raven (by file name)")
     parser.add_argument("--keys", metavar="FILE", help="API keys that are let in; `--new-key` makes one")
     parser.add_argument("--new-key", metavar="NAME", help="make a key, print it and the line for the file, and stop")
@@ -60,6 +64,7 @@ def run(given: argparse.Namespace) -> int:
     for name, path in zip(names, paths):
         print(f"loading {name}", file=sys.stderr)
         models[name] = load_llm(argparse.Namespace(**{**vars(given), "model": path}), given.template)
+    models |= swapped(given, next(iter(models.values())))
     limits = Limits(
         rows=given.rows,
         queue=given.queue,
@@ -76,3 +81,25 @@ def run(given: argparse.Namespace) -> int:
     print(f"http://{given.host}:{given.port} serves {', '.join(models)}; Ctrl-C ends it", file=sys.stderr)
     serve(app, given.host, given.port, drain=given.drain)
     return 0
+
+
+def swapped(given: argparse.Namespace, first: Any) -> dict[str, Any]:
+    """Adapters of the first model by name: each answers as the merged model would, and all share its weights."""
+    pairs = [swap.partition("=") for swap in given.swap]
+    if wrong := next((swap for swap, pair in zip(given.swap, pairs) if not all(pair)), None):
+        raise ValueError(f"--swap takes NAME=FILE, got {wrong!r}")
+    if not pairs:
+        return {}
+    from rookery.adapt.hot_swap import HotAdapters
+    from rookery.engine.llm import LLM
+    from rookery.engine.runners.torch import TorchRunner
+
+    runner = first.runner
+    if not isinstance(runner, TorchRunner):
+        print("adapters are swapped in torch: the model is held there, too", file=sys.stderr)
+        runner = TorchRunner.load(first.path)
+    adapters = HotAdapters(runner.model)
+    for name, _, file in pairs:
+        adapters.load(name, file, alpha=given.adapter_alpha)
+    how = {"tokenizer": first.tokenizer, "template": given.template}
+    return {name: LLM.from_runner(adapters.runner(name), **how) for name, _, _ in pairs}
