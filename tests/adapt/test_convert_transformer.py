@@ -294,6 +294,29 @@ def test_teachers_are_read_from_folders(tmp_path, shards, kind):
     assert not any(p.requires_grad for p in read.parameters())
 
 
+@pytest.mark.parametrize("kind", ["Qwen2", "Llama"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_folders_that_transformers_wrote_answer_as_there(tmp_path, kind, tied):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**sizes, **heads, tie_word_embeddings=tied)
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():  # biases begin as zeros
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    ours = load_teacher(str(tmp_path))
+    tokens = some_tokens(ours, 2, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens)[0], theirs(tokens).logits, rtol=1e-4, atol=1e-5)
+    assert ours.config.qkv_bias == (kind == "Qwen2")
+    made = student("rad-rwkv7", ours)
+    assert made.config.rope_theta == ours.config.rope_theta
+
+
 def test_newer_folders_have_the_base_of_the_positions_elsewhere(tmp_path):
     model = teacher(rope_theta=5e5)
     folder(tmp_path, model)

@@ -155,6 +155,17 @@ def test_parts_of_a_batch_make_the_same_step(config):
             assert losses[0][name] == pytest.approx(losses[1][name], rel=1e-3)
 
 
+@pytest.mark.parametrize("stage", ["align", "distill"])
+def test_less_memory_or_numbers_of_16_bits_lead_the_same_way(config, stage):
+    config = overlay(config, {"stage": stage, "convert": {"keep_attention": "last:1"}})
+    plain, again, rounded = (
+        one_step(prepare(overlay(config, more)), None) for more in ({}, {"recompute": True}, {"dtype": "bfloat16"})
+    )
+    for name in ("loss", "grad_norm"):
+        assert again[name] == pytest.approx(plain[name], rel=1e-4)
+        assert rounded[name] == pytest.approx(plain[name], rel=0.1)
+
+
 def test_the_text_can_have_a_say(config):
     row = one_step(prepare(overlay(config, {"stage": "distill", "text_weight": 2.0})), None)
     assert row["loss"] == pytest.approx(row["kl"] + 2 * row["text_loss"], rel=1e-5)
