@@ -269,3 +269,16 @@ def test_a_state_of_another_kind_of_cache_is_refused(tmp_path):
     state.save(tmp_path / "story.state", usual)
     with pytest.raises(BadState, match=r"shared\.compressed"):
         type(state).load(tmp_path / "story.state", other)
+
+
+def test_a_frozen_trunk_leaves_the_cache_what_it_was():
+    model = randomised("goldfinch-test")
+    tokens = some_tokens(model, 2, 20)
+    before = model(tokens)[1].shared
+    trained = model.freeze_trunk()
+    assert {name.split(".")[0] for name in trained} == {"blocks", "ln_out", "head"}
+    assert {name.split(".")[1] for name in trained if name.startswith("blocks")} == {"2", "3"}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(tokens)[0].square().mean().backward()
+    optimizer.step()
+    assert torch.equal(model(tokens)[1].shared.compressed, before.compressed)

@@ -248,6 +248,16 @@ class GoldFinch(RWKV):
             kind, att = GoldBlock, GoldAttention(config)
         return kind(att, ChannelMix(config, layer), config.hidden_size, config.layer_norm_eps, first=layer == 0)
 
+    def freeze_trunk(self) -> list[str]:
+        """Lets only the GOLD blocks, the last norm and the head be trained, as to reach longer texts; gives the names.
+
+        The paper does so at a third of the cost (section 5); what the cache holds stays what it was.
+        """
+        kept = ("emb.", "w_kv_cache_", *(f"blocks.{i}." for i in range(self.config.num_trunk_layers)), "blocks.0.ln0.")
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(not name.startswith(kept))
+        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+
     def key_of(self, x0: Tensor, compressed: Tensor) -> Tensor:
         """The key that all GOLD blocks start from, of the embedding and the compressed output ("TokenCat")."""
         return rms(self.w_kv_cache_b(torch.cat([x0, compressed], dim=-1)))
