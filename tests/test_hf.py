@@ -25,7 +25,7 @@ FOLDERS = [
     ("rwkv5-test", "hf"),
     ("rwkv4-test", None),
 ]
-FOLDERS += [("rwkv7-test", None), ("rwkv7b-test", None), ("transformer-test", None)]
+FOLDERS += [("rwkv7-test", None), ("rwkv7b-test", None), ("rwkv-x-test", None), ("transformer-test", None)]
 
 
 @pytest.fixture(scope="module")
