@@ -18,6 +18,7 @@ FLAGS = {
     "shadow_levels": ("--shadow-levels", str, "NAME", "minmax, or row for 1 bit (minmax)"),
     "least_zeros": ("--least-zeros", float, "P", "layers with a smaller share of zeros stay dense (0.5)"),
     "clusters": ("--clusters", int, "K", "clusters of the head; 0: the head stays whole (200)"),
+    "largest_cluster": ("--largest-cluster", float, "X", "most tokens of one, in multiples of their mean (any number)"),
     "mass": ("--mass", float, "P", "guessed probability of the clusters that are computed (0.95)"),
     "fewest": ("--fewest", int, "N", "clusters that are computed at least (3)"),
     "most": ("--most", int, "N", "and at most (100)"),

@@ -48,6 +48,8 @@ class Settings:
     """A layer with fewer zeros than this share stays dense."""
     clusters: int = 200
     """Of the head; 0: it stays whole."""
+    largest_cluster: float = 0.0
+    """The most tokens that one may have, in multiples of their mean number; 0: any number."""
     mass: float = 0.95
     fewest: int = 3
     most: int = 100
@@ -196,7 +198,7 @@ def written(model: Any, count: int, seed: int = 0, rows: int = 32) -> Tensor:
 
 def _head(made: Compressed, settings: Settings, rows: Tensor, say: Say) -> None:
     model = made.model
-    labels = heads.cluster(model.emb.weight, settings.clusters, seed=settings.seed)
+    labels = heads.cluster(model.emb.weight, settings.clusters, seed=settings.seed, largest=settings.largest_cluster)
     with torch.no_grad():
         features = torch.cat([model.features(some, None, None)[0].flatten(0, 1) for some in rows.split(8)])
     first = heads.train_first(model.head, labels, features, steps=settings.head_steps, seed=settings.seed)

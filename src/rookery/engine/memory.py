@@ -101,7 +101,7 @@ class Breakdown:
     dense: Mapping[str, float]
     """The plain model in 16 bits."""
     theoretical: Mapping[str, float]
-    """The formula, with the shares of units and rows that were measured."""
+    """The formula in 16 bits, or 8 for int8, with the shares of units and rows that were measured."""
     resident: Mapping[str, float]
     """Weights that a step of decoding needs, as the runtime counted them."""
     reads: Any
@@ -146,8 +146,7 @@ def measure(checkpoint: Checkpoint, *, tokens: int = 64, threads: int | None = N
     reads: Reads = runner.reads_since(counts)
     manifest = read_manifest(checkpoint)
     shapes = checkpoint.shapes
-    itemsize = 1 if checkpoint.dtype.itemsize == 1 else 2 if manifest else checkpoint.dtype.itemsize
-    theoretical = formula(shapes, manifest, units=reads.units, rows=reads.rows, itemsize=max(2, itemsize))
+    theoretical = formula(shapes, manifest, units=reads.units, rows=reads.rows)
     return Breakdown(
         path=checkpoint.path,
         techniques=manifest.techniques() if manifest else [],
