@@ -62,7 +62,11 @@ class Settings:
     head_steps: int = 300
     """Steps of training the head's first level."""
     samples: int = 5_000
-    """Tokens that predictors and the head's first level learn from."""
+    """Tokens that predictors learn from, and that the model writes where no text is given."""
+    head_samples: int = 20_000
+    """The most tokens that the head's first level learns from."""
+    train_rows: int = 8
+    """Pieces of 128 tokens of a step of training."""
     seed: int = 0
 
 
@@ -164,12 +168,20 @@ def compress_model(
         low_rank.factorise(model, settings.low_rank)
         say(f"projections have rank {model.config.hidden_size // settings.low_rank}")
         if settings.train_steps and tokens is not None:
-            low_rank.train_on(model, tokens, steps=settings.train_steps, lr=settings.lr, seed=settings.seed, say=say)
+            low_rank.train_on(
+                model,
+                tokens,
+                steps=settings.train_steps,
+                rows=settings.train_rows,
+                lr=settings.lr,
+                seed=settings.seed,
+                say=say,
+            )
     model.requires_grad_(False)
     if tokens is not None:
         rows = _rows(tokens, settings.samples)
         if made.manifest.head:
-            _head(made, settings, rows, say)
+            _head(made, settings, _rows(tokens, settings.head_samples), say)
         if made.manifest.sparsity:
             _sparse(made, settings, rows, say)
     return made

@@ -57,8 +57,11 @@ class Bench:
         self.settings = replace(
             NONE,
             epochs=work.size(quick=1, default=30, full=100),
-            head_steps=work.size(quick=2, default=200, full=300),
+            head_steps=work.size(quick=2, default=300, full=600),
             samples=work.size(quick=128, default=3000, full=20_000),
+            head_samples=work.size(quick=128, default=20_000, full=100_000),
+            train_rows=work.size(quick=1, default=4, full=8),
+            lr=1e-4,
         )
         learned, held_out = work.size(quick=(192, 128), default=(24_000, 8_192), full=(200_000, 65_536))
         self.learned = self.text("learned", learned, 1)
@@ -68,7 +71,7 @@ class Bench:
 
     def text(self, name: str, count: int, seed: int) -> Tensor:
         """Tokens that the model wrote at temperature 1."""
-        rows = min(64, count // 64)
+        rows = min(64, count // 8)
         return torch.tensor(self.work.part(name, lambda: written(self.model, count, seed, rows).tolist()))
 
     def shakespeare(self) -> Tensor:
@@ -145,7 +148,8 @@ def low_rank(bench: Bench, seed: int) -> dict[str, Row]:
         sizes = bench.memory(compress_settings(bench, low_rank=divisor)[1])
         found[f"rank width / {divisor}"] = bench.plain(model) | sizes
         model.requires_grad_(True)
-        train_on(model, bench.learned, steps=bench.steps, seed=seed)
+        settings = bench.settings
+        train_on(model, bench.learned, steps=bench.steps, rows=settings.train_rows, lr=settings.lr, seed=seed)
         found[f"rank width / {divisor}, trained on"] = bench.plain(model.requires_grad_(False)) | sizes
     return found
 
@@ -358,14 +362,14 @@ def setup(bench: Bench) -> str:
     settings = bench.settings
     return f"""The embedded model (RWKV-7, 4 blocks of width 256, 1,024 hidden units, vocabulary 2,047). It wrote all
 text for this: {len(bench.learned):,} tokens to learn from and {bench.rows.numel():,} held out, at
-temperature 1. Projections are trained on for {bench.steps} steps of 8 × 128 tokens, peak rate
-{settings.lr:g}, all weights. Predictors have 16 hidden units, threshold {settings.threshold},
-{settings.epochs} epochs on {settings.samples:,} inputs a layer; shadows have 1 bit, quantile
-{settings.shadow_quantile}. The head has 32 clusters, mass {settings.mass}, 3 to 16 of them,
-{settings.head_steps} steps. "All" is rank width / 4 trained on, then head, guesses, a cache of 256
-rows, and in the last row 8 bits. Seeds choose batches, first weights and clusters; rows without a ± of
-their own have one run. Memory is that of the formula in `rookery.engine.memory`, 2 bytes a number, with the shares of
-units and rows measured on held-out text."""
+temperature 1. Projections are trained on for {bench.steps} steps of {settings.train_rows} × 128 tokens,
+peak rate {settings.lr:g}, all weights. Predictors have 16 hidden units, threshold
+{settings.threshold}, {settings.epochs} epochs on {settings.samples:,} inputs a layer; shadows have 1
+bit, quantile {settings.shadow_quantile}. The head has 32 clusters, mass {settings.mass}, 3 to 16 of
+them, {settings.head_steps} steps on {settings.head_samples:,} tokens. "All" is rank width / 4 trained
+on, then head, guesses, a cache of 256 rows, and in the last row 8 bits. Seeds choose batches, first
+weights and clusters; rows without a ± of their own have one run. Memory is that of the formula in
+`rookery.engine.memory`, 2 bytes a number, with the shares of units and rows measured on held-out text."""
 
 
 def draw(figure: "Figure", table: list[Row]) -> None:
