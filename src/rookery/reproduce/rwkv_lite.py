@@ -53,7 +53,7 @@ class Bench:
         self.checkpoint = open_checkpoint(model_path(None))
         self.model = load(self.checkpoint, dtype=torch.float32).requires_grad_(False)
         self.vocab_size = self.checkpoint.config.vocab_size
-        self.steps = work.size(quick=1, default=50, full=300)
+        self.steps = work.size(quick=1, default=40, full=300)
         self.settings = replace(
             NONE,
             epochs=work.size(quick=1, default=30, full=100),
