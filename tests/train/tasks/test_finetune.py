@@ -83,6 +83,8 @@ def test_perspectives_are_added_to_a_model_and_nothing_else_is_trained(config):
     assert LLM(Path(config.out) / "model.safetensors").generate("1+2?", max_tokens=3) is not None
     with pytest.raises(ValueError, match=r"adapt\.perspectives must be at least 1, got 0"):
         overlay(config, {"adapt": {"perspectives": 0}})
+    with pytest.raises(ValueError, match="perspectives goes with neither recompute nor compile"):
+        FinetuneTask(overlay(config, {"recompute": True}))
 
 
 def test_all_weights_may_be_trained(config):

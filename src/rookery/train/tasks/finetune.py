@@ -91,6 +91,9 @@ class FinetuneTask(Task):
                 quantise_base(self.model, config.adapt.base)
             return self.model
         if config.adapt.method == "perspectives":
+            if config.recompute or config.compile:
+                # mixing vectors are exchanged during a call; what is computed again or compiled would not notice
+                raise ValueError("adapt.method=perspectives goes with neither recompute nor compile; leave them out")
             self.model = TemporalPerspectives.from_base(self.model, config.adapt.perspectives, seed=config.seed)
             self.model.freeze("mixes", "convert")
             return self.model
