@@ -10,8 +10,8 @@ from rookery.adapt.read_features import recorded
 from rookery.adapt.state_tuning import StartState, load_start, save_start
 from rookery.errors import BadState
 from rookery.models import create_model
-from rookery.models.rwkv7_kernel_state import lifted, mixing, phi
-from rookery.models.rwkv7_literal_state import gaussian
+from rookery.models.kernel_state import lifted, mixing, phi
+from rookery.models.literal_state import gaussian
 
 FORMS = [
     {},
@@ -22,8 +22,11 @@ FORMS = [
 ]
 
 
-def model_of(dtype=torch.float64):
-    return randomised("rwkv7-test", dtype=dtype).requires_grad_(False).eval()
+OLDER = ("rwkv5-test", "rwkv6-test")
+
+
+def model_of(dtype=torch.float64, name="rwkv7-test"):
+    return randomised(name, dtype=dtype).requires_grad_(False).eval()
 
 
 def start_of(model, scale=0.0, **form):
@@ -36,9 +39,9 @@ def start_of(model, scale=0.0, **form):
     return start
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-def test_an_untrained_kernel_state_is_the_model_itself(form):
-    model = model_of()
+@pytest.mark.parametrize(("name", "form"), [*(("rwkv7-test", form) for form in FORMS), *((name, {}) for name in OLDER)])
+def test_an_untrained_kernel_state_is_the_model_itself(name, form):
+    model = model_of(name=name)
     start, tokens = start_of(model, **form), some_tokens(model, 2, 20)
     plain, _ = model(tokens)
     logits, state = start.model[0](tokens, start(2))
@@ -64,9 +67,9 @@ def test_training_it_lowers_the_loss_and_leaves_the_model_alone(form):
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-def test_gradients_agree_with_finite_differences(form):
-    model = model_of()
+@pytest.mark.parametrize(("name", "form"), [*(("rwkv7-test", form) for form in FORMS), *((name, {}) for name in OLDER)])
+def test_gradients_agree_with_finite_differences(name, form):
+    model = model_of(name=name)
     start, tokens = start_of(model, 0.3, **form), some_tokens(model, 2, 9)
 
     def loss():
@@ -87,8 +90,9 @@ def test_gradients_agree_with_finite_differences(form):
             torch.testing.assert_close(parameter.grad.view(-1)[i], slope, rtol=1e-6, atol=1e-9)
 
 
-def test_with_the_linear_kernel_on_the_axes_it_is_plain_state_tuning():
-    model = model_of()
+@pytest.mark.parametrize("name", ["rwkv7-test", *OLDER])
+def test_with_the_linear_kernel_on_the_axes_it_is_plain_state_tuning(name):
+    model = model_of(name=name)
     config, tokens = model.config, some_tokens(model, 2, 20)
     kernel, plain = KernelStart(model, features=config.head_dim, kernel="linear"), StartState(model)
     axes = torch.eye(config.head_dim, dtype=torch.float64).expand(config.num_heads, -1, -1)
@@ -101,9 +105,12 @@ def test_with_the_linear_kernel_on_the_axes_it_is_plain_state_tuning():
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("form", [FORMS[1], {"writes": True, "shifts": True}], ids=str)
-def test_any_cut_batch_or_packing_gives_the_same(form):
-    model = model_of()
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("rwkv7-test", FORMS[1]), ("rwkv7-test", {"writes": True, "shifts": True}), *((name, FORMS[2]) for name in OLDER)],
+)
+def test_any_cut_batch_or_packing_gives_the_same(name, form):
+    model = model_of(name=name)
     start, tokens = start_of(model, 0.5, **form), some_tokens(model, 2, 34)
     host = start.model[0]
     with torch.no_grad():
@@ -146,15 +153,15 @@ def test_decay_and_rate_stay_within_the_models_own_and_nothing_grows():
     seen = []
     for block in start.model[0].blocks:
         read = block.read
-        block.read = lambda signals, state, ends, read=read: seen.append((signals, state)) or read(signals, state, ends)
+        block.read = lambda call, state, ends, read=read: seen.append((call, state)) or read(call, state, ends)
     start.model[0](some_tokens(model, 1, 30), start(1))
-    for signals, state in seen:
-        call = lifted(signals, state.support, state.rule)
-        assert (call["log_w"].amax(-1) <= signals.log_w.amax(-1) + 1e-12).all()
-        assert (call["log_w"].amin(-1) >= signals.log_w.amin(-1) - 1e-12).all()
+    for own_call, state in seen:
+        call, log_w = lifted(own_call, state.support, state.rule), own_call["log_w"]
+        assert (call["log_w"].amax(-1) <= log_w.amax(-1) + 1e-12).all()
+        assert (call["log_w"].amin(-1) >= log_w.amin(-1) - 1e-12).all()
         torch.testing.assert_close(call["a"].norm(dim=-1), torch.ones_like(call["a"][..., 0]))
         step = torch.diag_embed(call["log_w"].exp()) + call["a"][..., :, None] * call["b"][..., None, :]
-        own = torch.diag_embed(signals.log_w.exp()) + signals.a[..., :, None] * signals.b[..., None, :]
+        own = torch.diag_embed(log_w.exp()) + own_call["a"][..., :, None] * own_call["b"][..., None, :]
         assert torch.linalg.matrix_norm(step, 2).max() < max(1.0, torch.linalg.matrix_norm(own, 2).max()) + 0.05
 
 
@@ -198,9 +205,12 @@ def test_its_state_has_the_size_that_the_formula_says():
     assert sum(p.numel() for p in start.parameters()) == layers * width * m
 
 
-def test_only_rwkv7_hosts_kernel_states():
-    with pytest.raises(ValueError, match="kernel states are read by rwkv7 models, this one is rwkv6"):
-        KernelStart(create_model("rwkv6-test"))
+def test_other_families_host_no_kernel_states():
+    for name in ("rwkv7a", "meta-state"):
+        with pytest.raises(ValueError, match=f"kernel states are read by RWKV-5, 6 and 7, this model is {name}"):
+            KernelStart(create_model(f"{name}-test"))
+    with pytest.raises(ValueError, match="the literal form is that of RWKV-7, this model is rwkv6"):
+        LiteralStart(create_model("rwkv6-test"))
     model = model_of()
     with pytest.raises(ValueError, match="kernel must be 'rbf' or 'linear', got 'cubic'"):
         KernelStart(model, kernel="cubic")

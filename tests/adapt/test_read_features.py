@@ -15,11 +15,9 @@ PRECISION = 1e-12
 
 def starts_of(name):
     model = randomised(name).requires_grad_(False).eval()
-    starts = [StartState(model)]
-    if name == "rwkv7-test":
-        starts += [KernelStart(model, features=40), KernelStart(model, features=24, transition="none")]
-        for start in starts[1:]:
-            start.calibrate(some_tokens(model, 2, 40))
+    starts = [StartState(model), KernelStart(model, features=40), KernelStart(model, features=24, transition="none")]
+    for start in starts[1:]:
+        start.calibrate(some_tokens(model, 2, 40))
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for start in starts:

@@ -44,7 +44,7 @@ class AdaptConfig:
     start: str = ""
     """File that "state" begins from: a tuned state, or what a session saved after a prompt; zeros where empty."""
     features: int = 0
-    """Features per head of a kernel-upscaled "state", RWKV-7 only; four times the head's channels are usual. 0 trains
+    """Features per head of a kernel-upscaled "state", RWKV-5 to 7; four times the head's channels are usual. 0 trains
     the plain state, which every runner knows."""
     kernel: Literal["rbf", "linear"] = "rbf"
     """How a kernel state is read."""

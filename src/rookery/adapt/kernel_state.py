@@ -1,7 +1,7 @@
 """Kernel-upscaled start states: more numbers to train than a plain one has, read through a Gaussian kernel.
 
 State Tuning (arXiv 2504.05097) names the idea; this is an interpretation, there are no public code, weights or tables
-to compare with (state_methods.md 1.4). The equations are in `rookery.models.rwkv7_kernel_state`.
+to compare with (state_methods.md 1.4). The equations are in `rookery.models.kernel_state`.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from rookery.adapt.read_features import recorded
 from rookery.adapt.state_tuning import StartState
 from rookery.checkpoints.tuned_state import TunedState
+from rookery.models.kernel_state import KernelStateModel
+from rookery.models.literal_state import LiteralStateModel
 from rookery.models.rwkv7 import RWKV7
-from rookery.models.rwkv7_kernel_state import KernelStateRWKV7
-from rookery.models.rwkv7_literal_state import LiteralStateRWKV7
 from rookery.state import from_numpy
 
 # h heads, n channels of a head, m features, p keys
@@ -55,7 +55,7 @@ class KernelStart(StartState):
         size = 4 * model.config.head_dim if features is None else features
         if size < 1:
             raise ValueError(f"a kernel state has 1 feature or more, got {size}")
-        super().__init__(KernelStateRWKV7(model, size), shifts=shifts)
+        super().__init__(KernelStateModel(model, size), shifts=shifts)
         self.kernel, self.width = kernel, width
         heads, head_dim = model.config.num_heads, model.config.head_dim
         wide = self.wkv[0]
@@ -129,7 +129,7 @@ class LiteralStart(StartState):
     field = "kstate"
 
     def __init__(self, model: RWKV7, *, features: int | None = None, width: float = WIDTH) -> None:
-        super().__init__(LiteralStateRWKV7(model, 4 * model.config.head_dim if features is None else features))
+        super().__init__(LiteralStateModel(model, 4 * model.config.head_dim if features is None else features))
         self.width = width
 
     @torch.no_grad()

@@ -5,8 +5,8 @@ RWKV-LM, or a model's file that carries them along (core.md 1.4, 2.1). web-rwkv'
 trainers add `ts_state`, the vectors that stand for the token before the first. RWKV-4 has the sums `aa` and `bb`
 ([2, width], their exponent 0, or [3, width]).
 
-Our own safetensors may also hold a kernel-upscaled state of RWKV-7 (`kstate` [head, value, feature], `kstate_support`
-[head, feature, key], `kstate_rule` [head, 4]; see rookery.models.rwkv7_kernel_state), or, to be smaller, matrices as
+Our own safetensors may also hold a kernel-upscaled state (`kstate` [head, value, feature], `kstate_support`
+[head, feature, key], `kstate_rule` [head, 4]; see rookery.models.kernel_state), or, to be smaller, matrices as
 products of two (`time_state_left` [head, value, rank], `time_state_right` [head, rank, key]).
 """
 

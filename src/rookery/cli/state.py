@@ -39,7 +39,7 @@ def _tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="steps of the optimiser (the recipe's)")
     parser.add_argument("--lr", type=float, metavar="X", help="peak learning rate (the recipe's: 1.0)")
     parser.add_argument("--from", dest="begin", metavar="FILE", help="begin from this state (zeros)")
-    parser.add_argument("--features", type=int, metavar="N", help="kernel features per head, RWKV-7 only (0: plain)")
+    parser.add_argument("--features", type=int, metavar="N", help="kernel features per head, RWKV-5 to 7 (0: plain)")
     parser.add_argument("--transition", choices=("full", "none"), help="whether a kernel state decays (full)")
     parser.add_argument("--decorrelate", action="store_true", help="decorrelate what is trained; use --lr 0.1")
     parser.add_argument("--shifts", action="store_true", help="train the token before the first, too")

@@ -3,6 +3,8 @@
 Parameters have the names and shapes of the official files (BlinkDL/RWKV-LM, RWKV-v5, Apache-2.0).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
@@ -20,7 +22,7 @@ class TimeMix(nn.Module):
     """Reads and writes the matrix state (eq. 3-9)."""
 
     recurrence = staticmethod(wkv5)
-    """What may take the place of `wkv5` in one instance, to look at what it is given."""
+    """What may take the place of `wkv5` in one instance, to look at what it is given; `forward` takes one, too."""
 
     def __init__(self, config: RWKV5Config, layer: int) -> None:
         super().__init__()
@@ -37,8 +39,15 @@ class TimeMix(nn.Module):
         self.ln_x = nn.GroupNorm(config.num_heads, width, eps=config.group_norm_eps)
 
     def forward(
-        self, x: Tensor, shift: Tensor, wkv: Tensor, v_first: Tensor | None, cu_seqlens: Tensor | None
+        self,
+        x: Tensor,
+        shift: Tensor,
+        wkv: Tensor,
+        v_first: Tensor | None,
+        cu_seqlens: Tensor | None,
+        recurrence: Callable | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        run = recurrence or self.recurrence
         # official mixes weigh the token itself, the op weighs the one before
         mix = 1 - torch.cat([getattr(self, f"time_mix_{name}") for name in self.signals]).flatten(1)
         mixed, shift = token_shift(x=x, mix=mix, previous=shift, cu_seqlens=cu_seqlens)
@@ -48,7 +57,7 @@ class TimeMix(nn.Module):
         )
         # float32: the decay of a channel is applied once per token, and an error in it compounds
         log_w = -self.time_decay.to(wkv.dtype).exp()
-        y, wkv = self.recurrence(
+        y, wkv = run(
             r=r, log_w=self.per_channel(log_w), k=k, v=v, u=self.bonus(wkv.dtype), state=wkv, cu_seqlens=cu_seqlens
         )
         y = head_norm(self.ln_x, y)

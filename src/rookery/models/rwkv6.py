@@ -3,6 +3,8 @@
 Parameters have the names and shapes of the official files (BlinkDL/RWKV-LM, RWKV-v5, Apache-2.0).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
@@ -22,7 +24,7 @@ class TimeMix(nn.Module):
     """Reads and writes the matrix state (eq. 10-20)."""
 
     recurrence = staticmethod(wkv6)
-    """What may take the place of `wkv6` in one instance, to look at what it is given."""
+    """What may take the place of `wkv6` in one instance, to look at what it is given; `forward` takes one, too."""
 
     def __init__(self, config: RWKV6Config, layer: int) -> None:
         super().__init__()
@@ -47,8 +49,15 @@ class TimeMix(nn.Module):
         self.ln_x = nn.GroupNorm(groups, width, eps=config.group_norm_eps)
 
     def forward(
-        self, x: Tensor, shift: Tensor, wkv: Tensor, v_first: Tensor | None, cu_seqlens: Tensor | None
+        self,
+        x: Tensor,
+        shift: Tensor,
+        wkv: Tensor,
+        v_first: Tensor | None,
+        cu_seqlens: Tensor | None,
+        recurrence: Callable | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        run = recurrence or self.recurrence
         signals, shift = self.interpolate(x, shift, cu_seqlens)
         raw, log_w = self.decay(signals["w"], wkv.dtype)
         r, v, k = self.receptance(signals["r"]), self.value(signals["v"]), self.key(signals["k"])
@@ -57,7 +66,7 @@ class TimeMix(nn.Module):
         if self.config.damp_keys:
             k = k * raw.clamp(max=0).exp().to(k.dtype)
         r, log_w, k, v = (part.unflatten(-1, (-1, self.config.head_dim)) for part in (r, log_w, k, v))
-        y, wkv = self.recurrence(r=r, log_w=log_w, k=k, v=v, u=self.time_faaaa, state=wkv, cu_seqlens=cu_seqlens)
+        y, wkv = run(r=r, log_w=log_w, k=k, v=v, u=self.time_faaaa, state=wkv, cu_seqlens=cu_seqlens)
         y = head_norm(self.ln_x, y)
         if self.config.variant == "x060":
             y = y * silu(self.gate(signals["g"]))

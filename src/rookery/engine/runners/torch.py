@@ -91,10 +91,10 @@ class TorchRunner:
         if not features:
             return self.model
         if features not in self._hosts:
-            from rookery.models.rwkv7_kernel_state import KernelStateRWKV7
+            from rookery.models.kernel_state import KernelStateModel
 
             try:
-                self._hosts[features] = KernelStateRWKV7(self.model, features).eval()
+                self._hosts[features] = KernelStateModel(self.model, features).eval()
             except ValueError as other:
                 raise BadState(f"a kernel-upscaled state cannot start this model: {other}") from None
         return self._hosts[features]

@@ -2,7 +2,7 @@
 
 Every vector goes through φ(x)_i = exp(−γ |x − u_i|²), the state is [m, m], and a fixed Q [n, m] brings what is read
 back: Q S φ(r). Whatever the state begins with, the pretrained function is lost (state_methods.md 1.1); the form that
-keeps it is in `rookery.models.rwkv7_kernel_state`. Two things are ours, without which it diverges or is not RWKV-7's:
+keeps it is in `rookery.models.kernel_state`. Two things are ours, without which it diverges or is not RWKV-7's:
 what is removed is κ̂, and its features have length 1. An interpretation; there is no public code to compare with.
 """
 
@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rookery.models.kernel_state import KernelStateModel
 from rookery.models.rwkv7 import RWKV7, Signals
-from rookery.models.rwkv7_kernel_state import KernelStateRWKV7
 from rookery.nn.rwkv import RWKV, Block, Call
 from rookery.ops.wkv7 import wkv7
 
@@ -86,10 +86,12 @@ class LiteralBlock(nn.Module):
         self.back.copy_(torch.linalg.solve(gram, features.mT @ v).mT)
 
 
-class LiteralStateRWKV7(KernelStateRWKV7):
+class LiteralStateModel(KernelStateModel):
     """RWKV-7 that reads a square state of features; it shares the weights of the model that it is made from."""
 
     def __init__(self, model: RWKV7, features: int) -> None:
+        if type(model) is not RWKV7:
+            raise ValueError(f"the literal form is that of RWKV-7, this model is {model.family}")
         super().__init__(model, features)
         config = model.config
         wide = torch.promote_types(model.emb.weight.dtype, torch.float32)
