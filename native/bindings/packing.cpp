@@ -91,6 +91,10 @@ void product(
     memory.resize(static_cast<std::size_t>(Integers::floats(tokens, in, group)));
     product.integers = Integers(memory.data(), tokens, in, group);
     kernels.quantise(x.data(), in, 0, in, 0, tokens, product.integers);
+  } else if (matrix.format == Format::bfloat16 && kernels.round) {
+    memory.resize(static_cast<std::size_t>(Rounded::floats(tokens, in)));
+    product.rounded = Rounded(memory.data(), in);
+    kernels.round(x.data(), in, 0, in, 0, tokens, product.rounded);
   }
   if (sparse) {
     check(tokens <= kernels.few_tokens && matrix.order == Order::columns, "inputs are skipped in few tokens by columns");

@@ -35,6 +35,18 @@ struct Integers {
   std::int64_t groups() const { return stride / group; }
 };
 
+// Vectors rounded to bfloat16, for instructions that multiply pairs of such numbers.
+struct Rounded {
+  std::uint16_t* values = nullptr;  // [tokens, stride]
+  std::int64_t stride = 0;          // numbers from token to token, filled up with zeros to whole lines
+
+  Rounded() = default;
+  // Of `tokens` vectors of `in` numbers, in memory of `floats(…)` floats.
+  Rounded(float* memory, std::int64_t in)
+      : values(reinterpret_cast<std::uint16_t*>(memory)), stride((in + 31) / 32 * 32) {}
+  static std::int64_t floats(std::int64_t tokens, std::int64_t in) { return tokens * ((in + 31) / 32 * 16); }
+};
+
 // y[t] = W x[t], or y[t] + W x[t], for every token t.
 struct Product {
   const float* x;
@@ -55,6 +67,8 @@ struct Product {
   const std::int32_t* outputs = nullptr;
   // What is used in place of x where W is packed; groups are those of W.
   Integers integers{};
+  // What is used in place of x where W is bfloat16 and the kernels can `round`; without it inputs are not rounded.
+  Rounded rounded{};
 };
 
 // run[order][format] computes outputs begin … end − 1. The additions of one output are done in one order whatever the
@@ -68,6 +82,10 @@ struct ProductKernels {
   void (*quantise)(
       const float* x, std::int64_t x_stride, std::int64_t first, std::int64_t last, std::int64_t begin,
       std::int64_t end, const Integers&);
+  // The same, rounded to bfloat16. Null where no instruction multiplies such numbers.
+  void (*round)(
+      const float* x, std::int64_t x_stride, std::int64_t first, std::int64_t last, std::int64_t begin,
+      std::int64_t end, const Rounded&);
   // The weights of one output of a matrix stored by rows, as float32.
   void (*row)(const Matrix&, std::int64_t output, float* weights);
 };

@@ -101,8 +101,8 @@ void Pass::choose_largest(const Sparsity& guess, int64_t token) const {
 
 // Hidden units `range`: relu(key · input)² of those that were guessed for the token, 0 of the others. With few tokens
 // only rows that one of them needs are read.
-void Pass::guessed_units(const ChannelMix& mix, Range range) {
-  const int64_t hidden = sizes_.hidden, width = sizes_.width;
+void Pass::guessed_units(const ChannelMix& mix, Product key, Range range) {
+  const int64_t hidden = sizes_.hidden;
   std::int32_t* list = active_ + range.begin;
   int64_t count = 0;
   if (sparse_) {
@@ -116,7 +116,6 @@ void Pass::guessed_units(const ChannelMix& mix, Range range) {
   if (is_packed(mix.key.format)) {
     unpacked_units(mix.key, list, count, 0, hidden_);
   } else {
-    Product key = dense(mixed_, width, hidden_, hidden);
     if (sparse_) key.outputs = list;
     multiply(mix.key, key, sparse_ ? Range{0, count} : range);
   }
@@ -146,12 +145,12 @@ void Pass::unpacked_units(
 }
 
 // As `guessed_units` and `hidden_columns`, part by part, with copies of the guessed units that are read from the file.
-void Pass::use_units(const ChannelMix& mix, Range range) {
+void Pass::use_units(const ChannelMix& mix, const Product& key, Range range) {
   for (int64_t part = range.begin; part < range.end; part += part_inputs)
-    fetched_units(mix, {part, std::min(range.end, part + part_inputs)});
+    fetched_units(mix, key, {part, std::min(range.end, part + part_inputs)});
 }
 
-void Pass::fetched_units(const ChannelMix& mix, Range part) {
+void Pass::fetched_units(const ChannelMix& mix, Product key, Range part) {
   const int64_t hidden = sizes_.hidden, width = sizes_.width;
   std::int32_t* list = active_ + part.begin;
   const int64_t count = find_active(list, part, [&](int64_t t, int64_t j) { return is_guessed_[t * hidden + j] != 0; });
@@ -171,13 +170,15 @@ void Pass::fetched_units(const ChannelMix& mix, Range part) {
   if (packed) {
     unpacked_units(value, list, count, part.begin, hidden_);
   } else {
-    const Matrix key{copies.data(), mix.key.format, Order::rows, count, width, 2 * width};
+    const Matrix rows{copies.data(), mix.key.format, Order::rows, count, width, 2 * width};
     std::vector<float> results(static_cast<std::size_t>(count * count_));
-    multiply(key, dense(mixed_, width, results.data(), count), {0, count});
+    key.y = results.data();
+    key.y_stride = count;
+    multiply(rows, key, {0, count});
     for (int64_t t = 0; t < count_; ++t)
       for (int64_t n = 0; n < count; ++n)
         hidden_[t * hidden + list[n]] = results[static_cast<std::size_t>(t * count + n)];
-    value = {copies.data() + static_cast<std::size_t>(width) * bytes_of(key.format), key.format, Order::columns, width,
+    value = {copies.data() + static_cast<std::size_t>(width) * bytes_of(rows.format), rows.format, Order::columns, width,
              count, 2 * width};
   }
   for (int64_t t = 0; t < count_; ++t) {
@@ -217,13 +218,13 @@ void Pass::fetched_columns(
     const ChannelMix& mix, const std::int32_t* list, int64_t count, Range part, const Matrix& value) {
   const int64_t hidden = sizes_.hidden, width = sizes_.width, number = part.begin / part_inputs;
   std::vector<std::int32_t> active;
-  std::vector<float> compact;
+  std::vector<float> compact, rounded;
   Product product = dense(nullptr, hidden, partial_ - mix.value_from + number * count_ * width, width);
   if (is_packed(value.format)) {
-    const Integers all = hidden_integers(mix.value);
+    const Packing how = packing(value.format);
+    const Integers all(hidden_prepared_, count_, hidden, how.group);
     product_.quantise(hidden_, hidden, part.begin, part.end, 0, count_, all);
     // those of the part alone, from token to token in rows of their own
-    const Packing how = packing(value.format);
     const int64_t groups = how.groups(value.in), stride = groups * how.group;
     compact.resize(static_cast<std::size_t>(Integers::floats(count_, stride, how.group) + 16));
     auto* memory = reinterpret_cast<float*>((reinterpret_cast<std::uintptr_t>(compact.data()) + 63) / 64 * 64);
@@ -253,6 +254,11 @@ void Pass::fetched_columns(
     }
     product.x = compact.data();
     product.x_stride = count;
+    if (is_prepared(value)) {
+      rounded.resize(static_cast<std::size_t>(Rounded::floats(count_, count)));
+      product.rounded = Rounded(rounded.data(), count);
+      fill(product, {0, count}, {0, count_});
+    }
   }
   static const std::int32_t nothing = 0;
   product.active = active.empty() ? &nothing : active.data();

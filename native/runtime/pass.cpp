@@ -7,9 +7,9 @@ namespace rookery {
 using std::int64_t;
 
 namespace {
-// Floats for vectors in the form that any packed matrix is multiplied with.
-int64_t integer_floats(int64_t tokens, int64_t in) {
-  int64_t most = 0;
+// Floats for vectors in the form that any matrix is multiplied with.
+int64_t prepared_floats(int64_t tokens, int64_t in) {
+  int64_t most = Rounded::floats(tokens, in);
   for (int format = float_format_count; format < format_count; ++format)
     most = std::max(most, Integers::floats(tokens, in, packing(static_cast<Format>(format)).group));
   return (most + 15) / 16 * 16;
@@ -38,9 +38,9 @@ void Pass::run(Workspace& memory) {
     hidden_ = memory.take(count_ * sizes_.hidden);
     partial_ = memory.take(sparse_ ? number_of_parts() * width : 0);
     active_ = reinterpret_cast<std::int32_t*>(memory.take(sizes_.hidden));
-    slot_ = integer_floats(count_, std::max(sizes_.width, model_.largest_rank_));
-    integers_ = memory.take(mixes_ * slot_);
-    hidden_integers_ = memory.take(integer_floats(count_, sizes_.hidden));
+    slot_ = prepared_floats(count_, std::max(sizes_.width, model_.largest_rank_));
+    prepared_ = memory.take(mixes_ * slot_);
+    hidden_prepared_ = memory.take(prepared_floats(count_, sizes_.hidden));
     factors_ = memory.take(most_jobs * count_ * model_.largest_rank_);
     take_for_guesses(memory);
     place(memory);
@@ -97,13 +97,29 @@ void Pass::shift(std::size_t layer, const Norm& weights, const std::vector<float
   watch_.mark(StepPart::mix);
 }
 
-Product Pass::prepared(const Matrix& matrix, Product product, int64_t slot) const {
-  if (!is_packed(matrix.format)) return product;
-  product.integers = Integers(integers_ + slot * slot_, product.tokens, matrix.in, packing(matrix.format).group);
-  by_tokens([&](Range range) {
+bool Pass::is_prepared(const Matrix& matrix) const {
+  return is_packed(matrix.format) || (matrix.format == Format::bfloat16 && product_.round);
+}
+
+void Pass::prepare(const Matrix& matrix, Product& product, float* memory) const {
+  if (is_packed(matrix.format))
+    product.integers = Integers(memory, product.tokens, matrix.in, packing(matrix.format).group);
+  else
+    product.rounded = Rounded(memory, matrix.in);
+}
+
+void Pass::fill(const Product& product, Range inputs, Range tokens) const {
+  if (product.integers.values)
     product_.quantise(
-        product.x, product.x_stride, 0, matrix.in, range.begin, std::min(range.end, product.tokens), product.integers);
-  });
+        product.x, product.x_stride, inputs.begin, inputs.end, tokens.begin, tokens.end, product.integers);
+  else if (product.rounded.values)
+    product_.round(product.x, product.x_stride, inputs.begin, inputs.end, tokens.begin, tokens.end, product.rounded);
+}
+
+Product Pass::prepared(const Matrix& matrix, Product product, int64_t slot) const {
+  if (!is_prepared(matrix) || matrix.order == Order::columns) return product;
+  prepare(matrix, product, prepared_ + slot * slot_);
+  by_tokens([&](Range range) { fill(product, {0, matrix.in}, {range.begin, std::min(range.end, product.tokens)}); });
   return product;
 }
 
@@ -130,7 +146,7 @@ void Pass::at_once(std::span<const Job> jobs) const {
   for (std::size_t i = 0; i < jobs.size(); ++i) {
     total += jobs[i].matrix->out;
     products.at(i) = prepared(*jobs[i].matrix, jobs[i].product, slot);
-    slot += is_packed(jobs[i].matrix->format);
+    slot += products[i].integers.values || products[i].rounded.values;
   }
   shared_out(total, 16, jobs[0].matrix->bytes_of_output(), [&](Range range) {
     int64_t first = 0;
@@ -179,16 +195,16 @@ void Pass::channel_mix(std::size_t i) {
     gate = dense(factors_, first.out, gate_, width);
   }
   gate = prepared(mix.receptance, gate, 1);
-  const Product key = guesses ? Product{} : prepared(mix.key, dense(mixed_, width, hidden_, hidden));
+  const Product key = prepared(mix.key, dense(mixed_, width, hidden_, hidden));
   shared_out(units + mix.receptance.out, unit, mix.key.bytes_of_output(), [&](Range range) {
     const Range of_hidden{range.begin, std::min(range.end, hidden)};
     const Range of_gate{std::max(range.begin, units) - units, range.end - units};
     if (!of_hidden.empty()) {
       if (guesses && sparse_ && model_.file_) {
-        use_units(mix, of_hidden);
+        use_units(mix, key, of_hidden);
       } else {
         if (guesses)
-          guessed_units(mix, of_hidden);
+          guessed_units(mix, key, of_hidden);
         else
           hidden_units(mix, key, of_hidden);
         if (sparse_) hidden_columns(mix, of_hidden);
@@ -221,18 +237,18 @@ void Pass::hidden_units(const ChannelMix& mix, const Product& key, Range range) 
 void Pass::hidden_columns(const ChannelMix& mix, Range units) {
   const int64_t width = sizes_.width;
   Product product = dense(hidden_, sizes_.hidden, partial_ - mix.value_from, width);
-  product.active = active_ + units.begin;
-  if (is_packed(mix.value.format)) {
-    const Integers integers = hidden_integers(mix.value);
-    product_.quantise(hidden_, sizes_.hidden, units.begin, units.end, 0, count_, integers);
-    product.integers = integers;
-    product.active_count = find_active(active_ + units.begin, units, [&](int64_t t, int64_t j) {
-      return integers.values[t * integers.stride + j] != 0;
-    });
-  } else {
-    product.active_count = find_active(
-        active_ + units.begin, units, [&](int64_t t, int64_t j) { return hidden_[t * sizes_.hidden + j] != 0; });
-  }
+  const auto find = [&](auto&& is_not_zero) {
+    product.active = active_ + units.begin;
+    product.active_count = find_active(active_ + units.begin, units, is_not_zero);
+  };
+  if (is_prepared(mix.value)) prepare(mix.value, product, hidden_prepared_);
+  fill(product, units, {0, count_});
+  if (const auto& rounded = product.rounded; rounded.values)
+    find([&](int64_t t, int64_t j) { return (rounded.values[t * rounded.stride + j] & 0x7fff) != 0; });
+  else if (const auto& integers = product.integers; integers.values)
+    find([&](int64_t t, int64_t j) { return integers.values[t * integers.stride + j] != 0; });
+  else
+    find([&](int64_t t, int64_t j) { return hidden_[t * sizes_.hidden + j] != 0; });
   product.part_stride = count_ * width;
   product.part_begin = units.begin / part_inputs;
   product.part_end = (units.end + part_inputs - 1) / part_inputs;
@@ -255,19 +271,11 @@ void Pass::add_hidden_columns(const ChannelMix& mix, float* y) {
 
 void Pass::multiply_hidden(const Matrix& value, int64_t from, float* y) {
   Product product = dense(hidden_, sizes_.hidden, y - from, sizes_.width, true);
-  if (is_packed(value.format)) {
-    product.integers = hidden_integers(value);
-    by_tokens([&](Range range) {
-      product_.quantise(hidden_, sizes_.hidden, 0, sizes_.hidden, range.begin, range.end, product.integers);
-    });
-  }
+  if (is_prepared(value)) prepare(value, product, hidden_prepared_);
+  by_tokens([&](Range range) { fill(product, {0, sizes_.hidden}, range); });
   shared_out(sizes_.width, unit_of(value), value.bytes_of_output(), [&](Range range) {
     multiply(value, product, {from + range.begin, from + range.end});
   });
-}
-
-Integers Pass::hidden_integers(const Matrix& value) const {
-  return Integers(hidden_integers_, count_, value.in, packing(value.format).group);
 }
 
 void Pass::head() {

@@ -91,8 +91,8 @@ class Pass {
     return {x, x_stride, y, y_stride, count_, add};
   }
 
-  // `product`, the same numbers in the form that packed matrices are multiplied with; the slot's memory keeps them until
-  // it is used again. Does nothing for other matrices.
+  // `product`, the same numbers in the form that a matrix by rows is multiplied with, where it has one of its own; the
+  // slot's memory keeps them until it is used again.
   Product prepared(const Matrix& matrix, Product product, std::int64_t slot = 0) const;
 
   // The product of a matrix with mix number `mix` of the input.
@@ -145,11 +145,11 @@ class Pass {
   void hidden_columns(const ChannelMix& mix, Range range);
   void guess_units(const ChannelMix& mix);
   void choose_largest(const Sparsity& guess, std::int64_t token) const;
-  void guessed_units(const ChannelMix& mix, Range range);
+  void guessed_units(const ChannelMix& mix, Product key, Range range);
   void unpacked_units(
       const Matrix& key, const std::int32_t* list, std::int64_t count, std::int64_t first, float* units) const;
-  void use_units(const ChannelMix& mix, Range range);
-  void fetched_units(const ChannelMix& mix, Range part);
+  void use_units(const ChannelMix& mix, const Product& key, Range range);
+  void fetched_units(const ChannelMix& mix, Product key, Range part);
   void fetch_units(const ChannelMix& mix, const std::int32_t* list, std::int64_t count, Range part, std::byte* to) const;
   void fetched_columns(
       const ChannelMix& mix, const std::int32_t* list, std::int64_t count, Range part, const Matrix& value);
@@ -159,7 +159,10 @@ class Pass {
   void head();
   void head_by_clusters(std::int64_t row);
   void take_for_guesses(Workspace& memory);
-  Integers hidden_integers(const Matrix& value) const;
+  // Whether a matrix is multiplied with integers or rounded numbers: `prepare` gives them memory, `fill` numbers.
+  bool is_prepared(const Matrix& matrix) const;
+  void prepare(const Matrix& matrix, Product& product, float* memory) const;
+  void fill(const Product& product, Range inputs, Range tokens) const;
   // Hidden units of `range` that some token needs.
   template <class Is>
   std::int64_t find_active(std::int32_t* list, Range range, Is&& is_needed) const {
@@ -181,7 +184,7 @@ class Pass {
   bool sparse_;  // columns of hidden units that are zero are not read
 
   float *hidden_, *partial_, *gate_;  // [tokens, hidden]; [parts, tokens, width]; [tokens, width]
-  float *integers_, *hidden_integers_;  // `Integers` of [mixes] inputs [tokens, width], and of [tokens, hidden]
+  float *prepared_, *hidden_prepared_;  // `Integers` or `Rounded` of [mixes] inputs [tokens, width], of [tokens, hidden]
   std::int64_t slot_;                   // floats of one of them
   mutable Watch watch_{model_.times};
   std::int32_t* active_;              // [hidden]

@@ -197,7 +197,9 @@ TEST(cuts_batches_and_threads_change_no_bit_and_instruction_sets_agree) {
           }
         for (const int threads : {1, 3}) check_batch(*model, family, threads);
         if (isa == Isa::portable) portable = whole;
-        expect(apart(whole, portable) < 1e-3, family, name(isa), "differs by", apart(whole, portable));
+        // where bfloat16 numbers are multiplied in pairs the inputs are rounded, too
+        const bool rounds = format == Format::bfloat16 && product_kernels(isa).round;
+        expect(apart(whole, portable) < (rounds ? 2e-2 : 1e-3), family, name(isa), "differs by", apart(whole, portable));
       }
     }
 }

@@ -1,7 +1,10 @@
 """What the contract of language models needs: models away from their initial weights, and comparisons of states."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from rookery.models import create_model
 from rookery.nn.language_model import LanguageModel
@@ -62,3 +65,30 @@ def assert_same_state(actual: State, expected: State, what: str = "", exactly: b
 def assert_close(actual: Tensor, expected: Tensor, what: str = "") -> None:
     """Equal up to the rounding of float64."""
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10, msg=lambda m: f"{what}: {m}")
+
+
+class RoundedInputs(TorchFunctionMode):
+    """Rounds what goes into linear layers and into the first factors of low-rank maps to bfloat16."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.factors = {id(p) for name, p in model.named_parameters() if name.endswith(("w1", "a1", "v1", "g1"))}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        is_factor = func in (Tensor.matmul, Tensor.__matmul__, torch.matmul) and id(args[1]) in self.factors
+        if is_factor or func is torch.nn.functional.linear:
+            args = (args[0].bfloat16().float(), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+def as_runtime(model: LanguageModel, ids: list[int], dtype: torch.dtype, isa: str) -> tuple[Tensor, State, float]:
+    """Logits [t, vocab] and state of a torch model as the runtime computes them with weights of that type, in float32.
+
+    Where bfloat16 numbers are multiplied in pairs, what goes into a matrix is rounded to bfloat16, too. The last number
+    is how far both may be apart, as a share of the largest: a number near the middle between two of those goes either
+    way, and moves what follows.
+    """
+    model, rounds = model.float(), (dtype, isa) == (torch.bfloat16, "avx512")
+    with torch.no_grad(), RoundedInputs(model) if rounds else nullcontext():
+        logits, state = model(torch.tensor([ids]))
+    return logits[0], state, 3e-2 if rounds else 1e-4

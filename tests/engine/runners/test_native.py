@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from support.language import randomise
+from support.language import as_runtime, randomise
 
 from rookery import _native
 from rookery.checkpoints import open_checkpoint
@@ -60,16 +60,16 @@ def equal_states(a, b):
 def test_logits_and_state_are_those_of_the_torch_model_in_float32(files, name, dtype, isa):
     # weights are widened exactly, so the bound is that of float32 arithmetic for every type of weights
     runner = NativeRunner(files[name, dtype], isa=isa, threads=1)
-    model = load(files[name, dtype]).float()
     ids = some_ids(runner)
     state = runner.init_state()
     logits = runner.forward(ids, state, "all")
-    with torch.no_grad():
-        expected, expected_state = model(torch.tensor([ids]))
-    np.testing.assert_allclose(logits, expected[0].numpy(), rtol=1e-4, atol=1e-4)
+    expected, expected_state, bound = as_runtime(load(files[name, dtype]), ids, dtype, isa)
+    np.testing.assert_allclose(logits, expected.numpy(), rtol=bound, atol=bound)
     tensors = state.tensors()
     for field, tensor in expected_state.arrays().items():
-        np.testing.assert_allclose(tensors[field], tensor, rtol=1e-4, atol=1e-4, err_msg=field)
+        np.testing.assert_allclose(
+            tensors[field], tensor, rtol=bound, atol=bound * max(1, abs(tensor).max()), err_msg=field
+        )
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -228,12 +228,11 @@ def test_another_models_state_is_refused(files):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_weights_can_be_kept_in_another_type(files, dtype):
     runner = NativeRunner(files["odd", torch.float32], dtype=dtype)
-    model = load(files["odd", torch.float32], dtype=getattr(torch, dtype))
+    dtype = getattr(torch, dtype)
     ids = some_ids(runner)
-    with torch.no_grad():
-        expected = model.float()(torch.tensor([ids]))[0][0].numpy()
+    expected, _, bound = as_runtime(load(files["odd", torch.float32], dtype=dtype), ids, dtype, runner.isa)
     logits = runner.forward(ids, runner.init_state(), "all")
-    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(logits, expected.numpy(), rtol=bound, atol=bound)
 
 
 def test_weights_of_other_types_become_float32(tmp_path, files):
