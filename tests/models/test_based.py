@@ -236,3 +236,13 @@ def test_it_learns_through_the_trainer(tmp_path, recompute):
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.6 * losses[0]
     assert type(load(tmp_path / "run" / "model.safetensors")).__name__ == "Based"
+
+
+@torch.no_grad()
+def test_a_bfloat16_model_still_counts_after_many_tokens():
+    model = create_model("based-test", dtype=torch.bfloat16)
+    state = None
+    for _ in range(3):  # 1,500 equal tokens: a bfloat16 sum would have stopped at 256
+        _, state = model(torch.ones(1, 500, dtype=torch.int64), state)
+    assert state.layers[1].wkv[0, :, -1, 0].tolist() == [1500.0, 1500.0]
+    assert {layer.inputs.dtype for layer in state.layers[:1]} == {torch.bfloat16}
