@@ -57,7 +57,8 @@ def test_every_registered_language_model_scores(name):
         rows = log_softmax(llm.logits([0, *text]))
         np.testing.assert_allclose(score.logprobs, rows[np.arange(len(text)), text], rtol=1e-4, atol=1e-5)
     if any(name.endswith(".ffn_shift") for name in llm.fresh_state().tensors()):
-        assert llm.embed(texts).shape == (3, llm.runner.config.hidden_size)
+        config = llm.runner.config
+        assert llm.embed(texts).shape == (3, getattr(config, "perspectives", 1) * config.hidden_size)
     else:
         with pytest.raises(ValueError, match=r"the family \S+ keeps no vector of its last token"):
             llm.embed(texts)

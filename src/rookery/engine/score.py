@@ -62,6 +62,8 @@ def score(llm: LLM, texts: Sequence[str | Sequence[int]], bos: bool = True) -> l
 def embed(llm: LLM, texts: Sequence[str | Sequence[int]], bos: bool = True) -> np.ndarray:
     """float32 [texts, hidden_size], each of length 1: what the last token brings to the last block's channel mix.
 
+    Models of several temporal perspectives keep one such vector for each; they stand one after the other.
+
     It is read off the state, so it costs no more than reading the text. Models of this library are not trained for
     similarity: compare such vectors with each other, of one model only. ValueError for a model without token shift.
     """
@@ -73,8 +75,10 @@ def embed(llm: LLM, texts: Sequence[str | Sequence[int]], bos: bool = True) -> n
         )
     last = max(names, key=lambda name: int(name.split(".")[1]))
     rows = [([END_OF_TEXT] if bos else []) + llm.tokens_of(text) for text in texts]
-    vectors = np.zeros((len(rows), llm.runner.config.hidden_size), np.float32)
-    for row, state in enumerate(_read_all(llm, rows, "none", lambda *_: None)):
+    states = _read_all(llm, rows, "none", lambda *_: None)
+    width = llm.fresh_state().tensors()[last].size
+    vectors = np.zeros((len(rows), width), np.float32)
+    for row, state in enumerate(states):
         vectors[row] = state.tensors()[last][0].astype(np.float32).ravel()
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 

@@ -19,8 +19,8 @@ from rookery.families.base import Recurrent
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16, "float16": np.dtype(np.float16)}
-"""Types of weights that the runtime computes with. Sums are float32 for all of them; where the processor multiplies pairs
-of bfloat16 numbers, what is multiplied with bfloat16 matrices is rounded to bfloat16, too."""
+"""Types of weights that the runtime computes with. Sums are float32 for all of them; where the processor multiplies
+pairs of bfloat16 numbers, what is multiplied with bfloat16 matrices is rounded to bfloat16, too."""
 FAMILIES = ("rwkv4", "rwkv5", "rwkv6", "rwkv7")
 """Families that the runtime knows."""
 
