@@ -174,10 +174,11 @@ The weights of RWKV-X with other settings of the cache, which training did not k
 
 {others}
 
-What is evicted is decided before the question is asked, by queries that know nothing of it: a vote keeps a passkey only
-if it stands out among other facts, which nothing in this task makes it do. Keeping the newest entries finds those that
-are among them. The task is made up, the models tiny: this shows that choosing chunks by their mean keys carries a fact
-through what a recurrent state of this size forgets, not what the published models do on texts.""",
+Where RWKV-7 lies below within the training length, too, it has learned less in as many steps, and the distance
+beyond is not one of forgetting alone. What is evicted is decided before the question is asked, by queries that know
+nothing of it; a vote can at best keep what stands out, keeping the newest entries finds the facts that are among them.
+The task is made up, the models tiny: this shows that choosing chunks by their mean keys carries a fact through what a
+recurrent state of this size forgets, not what the published models do on texts.""",
     )
 
 
