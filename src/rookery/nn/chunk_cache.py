@@ -72,6 +72,8 @@ class Round(NamedTuple):
     """int64 [r], entries in complete chunks before the round"""
     write: Growth
     """Where the new entries go in the filling chunk, which may become several"""
+    begun: int | None
+    """Entries of the filling chunk before the round, where that and what is taken are the same for all rows"""
     positions: Tensor
     """int64 [r, t], the queries' entry numbers, −1 at padding"""
     tokens: Tensor
@@ -133,8 +135,6 @@ def _round(
     places = tuple(max(*pair) for pair in zip(held, config.places(max(after))))
     length = max(held[1], max(f + t for f, t in zip(filling, taken)))
     write = _growth(filling, taken, length, device)
-    appends = len({*taken}) == 1 and filling == [held[1]] * len(filling)
-    write = write._replace(appends=appends)
     reached = [e + t for e, t in zip(entries, taken)]
     full = [row for row, e in enumerate(reached) if taken[row] and config.max_entries and e == config.max_entries]
     return Round(
@@ -142,6 +142,7 @@ def _round(
         taken=taken,
         base=base,
         write=write,
+        begun=filling[0] if len({*filling}) == len({*taken}) == 1 else None,
         positions=torch.where(write.positions < 0, -1, base[:, None] + write.positions),
         tokens=_growth(before, taken, 0, device).positions,
         places=places,
@@ -186,10 +187,10 @@ def attend(
 
 def _read(config: Any, q: Tensor, k: Tensor, v: Tensor, cache: ChunkCache, now: Round) -> tuple[Tensor, ChunkCache]:
     """One round."""
-    cache = cache._replace(keys=now.write.write(cache.keys, k), values=now.write.write(cache.values, v))
+    cache = cache._replace(keys=_written(cache.keys, k, now), values=_written(cache.values, v, now))
     if config.max_entries:
         tokens = now.tokens[..., None].expand(-1, -1, q.shape[2])
-        cache = cache._replace(positions=now.write.write(cache.positions, tokens))
+        cache = cache._replace(positions=_written(cache.positions, tokens, now))
     if now.completion:
         new = _means(cache.keys[:, : now.completion.most], config.chunk_size)
         cache = cache._replace(chunk_means=now.completion.means.write(cache.chunk_means, new))
@@ -212,6 +213,13 @@ def _read(config: Any, q: Tensor, k: Tensor, v: Tensor, cache: ChunkCache, now: 
     if now.full is not None:
         cache = _reduced(config, cache, now)
     return y, cache
+
+
+def _written(filling: Tensor, new: Tensor, now: Round) -> Tensor:
+    """The filling places [r, o, ...] with the new entries [r, t, ...]."""
+    if now.begun is None:
+        return now.write.write(filling, new)
+    return torch.cat([filling[:, : now.begun], new, filling[:, now.begun + new.shape[1] :]], dim=1)
 
 
 def _means(keys: Tensor, size: int) -> Tensor:
