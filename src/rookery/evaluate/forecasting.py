@@ -13,6 +13,7 @@ import torch
 
 from rookery.data.series import SeriesWindows, period_of, read_table, scaled, standard_splits
 from rookery.errors import unknown
+from rookery.families.forecast import median_of
 from rookery.models import load
 
 Baseline = Callable[[np.ndarray, int, int], np.ndarray]
@@ -147,7 +148,7 @@ class Sums:
         """`predicted` [b, k, q] against `actual` [b, k]."""
         seen = ~np.isnan(actual)
         predicted, actual = predicted[seen].astype(np.float64), actual[seen].astype(np.float64)
-        centre = predicted[:, self.levels.index(0.5) if self.levels else 0]
+        centre = predicted[:, median_of(self.levels)]
         self.count += len(actual)
         self.squared += float(np.square(centre - actual).sum())
         self.absolute += float(np.abs(centre - actual).sum())

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rookery.evaluate.forecasting import CanForecast, predictor, resolved
+from rookery.evaluate.forecasting import CanForecast, levels_of, predictor, resolved
+from rookery.families.forecast import median_of
 
 PERIOD, HORIZON = 24, 48
 NAIVE2 = {"smape": 18.383, "mase": 2.395}
@@ -45,12 +46,13 @@ def evaluate_m4(
     if train.keys() != test.keys():
         odd = sorted(train.keys() ^ test.keys())
         raise ValueError(f"series {odd[0]!r} is in one of the two files only")
-    predict = predictor(resolved(model), HORIZON, PERIOD)
+    model = resolved(model)
+    predict = predictor(model, HORIZON, PERIOD)
     rows = np.full((len(train), lookback), np.nan, np.float32)
     for row, series in zip(rows, train.values()):
         row[lookback - min(lookback, len(series)) :] = series[-lookback:]
     found = predict(rows)
-    centre = found[..., found.shape[-1] // 2].astype(np.float64)
+    centre = found[..., median_of(levels_of(model))].astype(np.float64)
     smape, mase = [], []
     for predicted, series, actual in zip(centre, train.values(), test.values()):
         error = np.abs(predicted - actual)

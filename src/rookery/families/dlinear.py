@@ -22,6 +22,10 @@ class DLinearConfig(ForecastConfig):
         if self.horizon < 1 or self.kernel < 1 or self.kernel % 2 == 0:
             raise ValueError(f"DLinear needs horizon ≥ 1 and an odd kernel, got {self.horizon} and {self.kernel}")
 
+    @property
+    def reach(self) -> int:
+        return self.horizon
+
     def state_nbytes(self, *, tokens_seen: int, batch: int, itemsize: int) -> int:
         """It keeps nothing."""
         return 0

@@ -1,5 +1,6 @@
 """What the families of forecasters share: a series is cut into patches, and patches to come are predicted."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rookery.errors import BadCheckpoint
@@ -39,6 +40,16 @@ class ForecastConfig:
     def outputs(self) -> int:
         """Values predicted for every point to come."""
         return max(1, len(self.levels))
+
+    @property
+    def reach(self) -> int:
+        """Points that are predicted at once."""
+        return self.output_patches * self.patch_length
+
+
+def median_of(levels: Sequence[float]) -> int:
+    """Place of the median among the predicted levels; of the one value where there are none."""
+    return list(levels).index(0.5) if levels else 0
 
 
 def layers_in(shapes: Shapes, prefix: str) -> int:

@@ -39,6 +39,10 @@ class RWKVTSConfig(Headed, ForecastConfig):
             )
 
     @property
+    def reach(self) -> int:
+        return self.horizon
+
+    @property
     def tokens(self) -> int:
         """Patches of one context, which is drawn out by one stride at its end."""
         return (self.context_length + self.stride - self.patch_length) // self.stride + 1

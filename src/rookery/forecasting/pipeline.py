@@ -11,14 +11,14 @@ import numpy as np
 import torch
 
 from rookery.data.series import SeriesWindows
+from rookery.families.rimer import LEVELS
 from rookery.forecasting.fit import FitConfig, Fitted, fit
 from rookery.forecasting.frames import items_of
 from rookery.forecasting.result import Forecast, pandas, quantiles
 from rookery.forecasting.stream import ForecastStream
 from rookery.models import create_model, load, save_model
-from rookery.models.forecast import Forecaster
+from rookery.models.forecast import Forecaster, middle
 
-LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SHIPPED = Path(__file__).parents[1] / "assets" / "forecaster" / "model.safetensors"
 """The forecaster that comes with the package."""
 
@@ -73,7 +73,7 @@ class ForecastPipeline:
         config = config or FitConfig()
         built = create_model(model, seed=config.seed, **overrides) if isinstance(model, str) else model
         context = built.config.context_length
-        horizon = horizon or getattr(built.config, "horizon", built.config.output_patches * built.config.patch_length)
+        horizon = horizon or built.config.reach
         cut = round(len(values) * (1 - validation_share))
         parts = [SeriesWindows(values, rows, context, horizon) for rows in (range(cut), range(cut, len(values)))]
         fitted = fit(built, *parts, config, report)
@@ -206,8 +206,12 @@ class ForecastPipeline:
         points = torch.from_numpy(values)[None].to(self.model.like)
         with torch.no_grad():
             predicted, actual = self.model.pairs(points, len(values))
-        at = levels.index(0.5) if levels else 0
-        errors = (predicted[0, :-1, :length, at] - actual[0, :-1, :length]).square().nanmean(dim=1).nan_to_num(nan=0.0)
+        errors = (
+            (middle(predicted[0, :-1, :length], levels) - actual[0, :-1, :length])
+            .square()
+            .nanmean(dim=1)
+            .nan_to_num(nan=0.0)
+        )
         score = np.repeat(errors.float().numpy(), length)
         score = np.concatenate([np.zeros(len(values) - len(score), np.float32), score])
         return score, score > np.quantile(score, quantile)

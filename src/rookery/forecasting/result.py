@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from rookery.errors import MissingDependency
+from rookery.families.forecast import median_of
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Forecast:
     @property
     def median(self) -> np.ndarray:
         """float32 [horizon]"""
-        return self.values[:, self.levels.index(0.5) if self.levels else 0]
+        return self.values[:, median_of(self.levels)]
 
     def quantile(self, level: float | str) -> np.ndarray:
         """float32 [horizon], in a line between the levels that the model knows; ValueError beyond the outermost."""

@@ -49,20 +49,15 @@ class ForecastStream:
         """The next `horizon` points, float32 [horizon, q] in the units of the series; the stream stays where it is."""
         if horizon < 1:
             raise ValueError(f"horizon must be at least 1 point, got {horizon}")
-        begun = self.waiting.shape[1]
-        pieces, state = [self.ahead], self.state
-        points = middle(self.ahead, self.model.config.levels)
-        if begun:  # what is known of the patch replaces what was predicted
-            points = torch.cat([self.waiting, points[:, begun:]], dim=1)
-            first = self.model.config.patch_length
-            predicted, state = self.model(self.patches(points[:, :first]), state)
-            pieces = [self.ahead[:, begun:first], predicted[:, -1]]
-            points = middle(predicted[:, -1], self.model.config.levels)
-        while sum(piece.shape[1] for piece in pieces) < horizon:
-            predicted, state = self.model(self.patches(points), state)
-            pieces.append(predicted[:, -1])
-            points = middle(predicted[:, -1], self.model.config.levels)
-        return self.scale.out_of(torch.cat(pieces, dim=1)[:, :horizon])[0].float().numpy()
+        begun, length = self.waiting.shape[1], self.model.config.patch_length
+        if not begun:
+            points = self.model.continued(self.ahead, self.state, horizon)
+        else:  # what is known of the patch replaces what was predicted
+            rest = self.ahead[:, begun:length]
+            patch = torch.cat([self.waiting, middle(rest, self.model.config.levels)], dim=1)
+            predicted, state = self.model(self.patches(patch), self.state)
+            points = torch.cat([rest, self.model.continued(predicted[:, -1], state, horizon)], dim=1)[:, :horizon]
+        return self.scale.out_of(points)[0].float().numpy()
 
     def patches(self, points: Tensor) -> Tensor:
         return points.unflatten(1, (-1, self.model.config.patch_length))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, pad, scaled_dot_product_attention, softplus
 
 from rookery.checkpoints.state_file import fingerprint
+from rookery.families.forecast import median_of
 from rookery.families.rimer import RimerConfig
 from rookery.families.rimer_released import RimerReleasedConfig
 from rookery.families.rwkv_ts import RWKVTSConfig
@@ -127,12 +128,16 @@ class Forecaster(nn.Module):
         """`forecast` of series [b, l] of one length in "stream" mode."""
         scale = self.scale(series)
         predicted, state = self(self.cut(scale.into(series)))
-        pieces = [predicted[:, -1]]
+        return scale.out_of(self.continued(predicted[:, -1], state, horizon))
+
+    def continued(self, ahead: Tensor, state: State, horizon: int) -> Tensor:
+        """What is `ahead` of a state, [b, k, q], and what follows where its medians come true: [b, horizon, q]."""
+        pieces = [ahead]
         while sum(piece.shape[1] for piece in pieces) < horizon:
             points = middle(pieces[-1], self.config.levels)
             predicted, state = self(points.unflatten(1, (-1, self.config.patch_length)), state)
             pieces.append(predicted[:, -1])
-        return scale.out_of(torch.cat(pieces, dim=1)[:, :horizon])
+        return torch.cat(pieces, dim=1)[:, :horizon]
 
     def slid(self, series: Tensor, horizon: int) -> Tensor:
         """`forecast` of series [b, l] of one length in "window" mode."""
@@ -158,7 +163,7 @@ def alike(series: Tensor, patch_length: int) -> list[Tensor]:
 
 def middle(predicted: Tensor, levels: tuple[float, ...]) -> Tensor:
     """The median [b, k] of what is predicted [b, k, q], or the one value that is."""
-    return predicted[..., levels.index(0.5) if levels else 0]
+    return predicted[..., median_of(levels)]
 
 
 def in_order(raw: Tensor, levels: tuple[float, ...]) -> Tensor:

@@ -62,12 +62,11 @@ class ForecastTask(Task):
         self.model = self.trained = starting_forecaster(config)
         self.dtype = getattr(torch, config.dtype)
         sizes = self.model.config
-        horizon = getattr(sizes, "horizon", sizes.output_patches * sizes.patch_length)
         table = read_table(config.data.path)
         splits = standard_splits(table)
         values = scaled(table, splits).values
-        self.windows = SeriesWindows(values, splits.train, sizes.context_length, horizon)
-        self.held_out = SeriesWindows(values, splits.validation, sizes.context_length, horizon)
+        self.windows = SeriesWindows(values, splits.train, sizes.context_length, sizes.reach)
+        self.held_out = SeriesWindows(values, splits.validation, sizes.context_length, sizes.reach)
         self.kind: Loss = "pinball" if sizes.levels else "mse"
         self.order = Permuted(len(self.windows), config.seed)
 
