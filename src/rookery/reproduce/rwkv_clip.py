@@ -239,6 +239,9 @@ names: {diverse:.1f}% having learned from diverse texts, {raw:.1f}% from raw one
 the names themselves diverse texts change {ours - score(RWKV, RAW, NAMES):+.1f} points: the authors report such a trade,
 too. Chance is {1000 / test:.1f}%; ties count as lost. One thing of {test:,} is {100 / test:.1f} points.
 
+So the first half of the claim {"is" if ahead else "is not"} shown here, the second {"is" if helps else "is not"}.
+Every text of a drawing is learned from more rarely where there are more of them, and this is a short run.
+
 What this leaves open: the paper's towers have seen 10 to 30 million pairs; here every picture has a few words, and the
 same words come with three drawings. Nothing here was trained on YFCC15M or LAION.""",
     )
