@@ -1,7 +1,6 @@
 """State Tuning: a table of facts is tuned into the start state of a frozen model, plainly, through a kernel,
 decorrelated."""
 
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -206,18 +205,16 @@ def tune(start: StartState, way: Way, values: np.ndarray, seed: int, steps: int)
 
 
 def measure(work: Work, model: RWKV7, way: Way, seed: int) -> dict[str, Any]:
-    """Tunes one state; its curve, size and time."""
+    """Tunes one state; its curve and size."""
     values = table_of(seed)
     start = start_of(model, way, values, seed)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    began = time.perf_counter()
     curve = tune(start, way, values, seed, work.size(quick=2, default=300, full=600))
-    took = time.perf_counter() - began
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
     if way.name == BEST:
         start.fold()
         torch.save(start.state_dict(), work.folder / f"best-{seed}.pt")
-    return {"curve": curve, "numbers": sum(p.numel() for p in start.parameters()), "seconds": took}
+    return {"curve": curve, "numbers": sum(p.numel() for p in start.parameters())}
 
 
 def untuned(model: RWKV7, seed: int) -> dict[str, float]:
