@@ -11,7 +11,7 @@ from support import language
 PAGE = Path(__file__).parents[2] / "docs" / "how-it-works" / "operators.md"
 TABLE = {
     name: (float(single), float(half))
-    for name, single, half in re.findall(r"^\| `([\w-]+)` \| ([\d.e-]+) \| ([\d.e-]+) \|$", PAGE.read_text(), re.M)
+    for name, single, half in re.findall(r"^\| `([\w.-]+)` \| ([\d.e-]+) \| ([\d.e-]+) \|$", PAGE.read_text(), re.M)
 }
 
 
