@@ -419,7 +419,6 @@ def draw(figure: "Figure", table: list[Row]) -> None:
     axes.set_yscale("symlog", linthresh=0.01)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    figure.tight_layout()
 
 
 REPRODUCTION = Reproduction(
