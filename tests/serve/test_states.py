@@ -157,6 +157,22 @@ def test_the_events_of_a_response_add_up_to_it(make, llm):
     run(ask())
 
 
+def test_a_response_that_streams_can_be_cancelled(make):
+    async def ask():
+        async with make() as client:
+            body = {"input": "Hello", "max_output_tokens": 4000, "temperature": 0, "seed": 1, "stream": True}
+            task = asyncio.ensure_future(client.post("/v1/responses", json=body))
+            while not client.app.state.open:
+                await asyncio.sleep(0.01)
+            (id,) = client.app.state.open
+            assert (await client.post(f"/v1/cancel/{id}")).json() == {"id": id, "cancelled": True}
+            last = [line for line in (await task).text.splitlines() if line.startswith("data: ")][-1]
+            assert json.loads(last.removeprefix("data: "))["response"]["id"] == id
+            assert not client.app.state.open
+
+    run(ask())
+
+
 def test_limits_hold_for_states(make):
     async def ask():
         async with make(limits=Limits(states=1000)) as client:

@@ -13,13 +13,6 @@ from rookery.serve.schema import ApiError
 from rookery.serve.states import StateStore
 
 
-class Piece(NamedTuple):
-    """Some text, and how many tokens were sampled by then."""
-
-    text: str
-    tokens: int
-
-
 class Limits(NamedTuple):
     """What one server does at most."""
 
@@ -84,7 +77,7 @@ class Running:
         self.generation, self._changed, self._seconds = generation, changed, seconds
         self._told = 0
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncIterator[str]:
         """Its pieces as they come. Whoever stops listening ends it; one that takes too long is ended with ApiError."""
         try:
             async with asyncio.timeout(self._seconds):
@@ -96,7 +89,7 @@ class Running:
                             text = next(self.generation)
                         except StopIteration:
                             return
-                        yield Piece(text, len(self.generation.tokens))
+                        yield text
         except TimeoutError:
             raise ApiError(
                 408, f"the answer took more than {self._seconds:g} s and was ended", code="timeout"
@@ -106,7 +99,7 @@ class Running:
 
     async def text(self) -> str:
         """All of it."""
-        return "".join([piece.text async for piece in self.pieces()])
+        return "".join([piece async for piece in self.pieces()])
 
     @property
     def finish_reason(self) -> str:
@@ -120,10 +113,6 @@ class Running:
     @property
     def tokens(self) -> int:
         return len(self.generation.tokens)
-
-    def usage(self) -> dict[str, Any]:
-        """OpenAI's counts."""
-        return usage([self])
 
     def fresh_logprobs(self) -> list[Any]:
         """What is known of tokens since the last call, if logprobs were asked for."""

@@ -3,6 +3,7 @@
 import json
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from rookery.engine.grammar import Grammar, json_schema
@@ -34,32 +35,22 @@ def template_of(llm: LLM) -> ChatTemplate:
         ) from None
 
 
-def conversation(llm: LLM, messages: Sequence[Message], think: str | None = None) -> Prompt:
-    """The prompt of a conversation from its beginning."""
+def conversation(llm: LLM, messages: Sequence[Message], think: str | None = None, *, goes_on: bool = False) -> Prompt:
+    """The prompt of a conversation or, where it `goes_on`, what follows one whose last answer the state holds."""
     template = template_of(llm)
+    shown = replace(template, opening=()) if goes_on else template
     try:
-        return Prompt(render([message.turn() for message in messages], template, think), template.stops)
+        text = render([message.turn() for message in messages], shown, think)
     except ValueError as wrong:
         raise ApiError(400, str(wrong), param="messages") from None
-
-
-def next_turn(llm: LLM, messages: Sequence[Message], think: str | None = None) -> Prompt:
-    """What is appended to a conversation whose last answer the state holds."""
-    template = template_of(llm)
-    from dataclasses import replace
-
-    try:
-        text = render([message.turn() for message in messages], replace(template, opening=()), think)
-    except ValueError as wrong:
-        raise ApiError(400, str(wrong), param="messages") from None
-    return Prompt(END_OF_TURN + text, template.stops)
+    return Prompt(END_OF_TURN + text if goes_on else text, template.stops)
 
 
 def chat_prompt(llm: LLM, asked: Chat, *, goes_on: bool) -> Prompt:
     """The prompt of a chat request, with the form that its tools or its response format ask for."""
-    make = next_turn if goes_on else conversation
     if not asked.tools or asked.tool_choice == "none":
-        return make(llm, asked.messages, asked.reasoning_effort)._replace(grammar=form(asked.response_format))
+        prompt = conversation(llm, asked.messages, asked.reasoning_effort, goes_on=goes_on)
+        return prompt._replace(grammar=form(asked.response_format))
     template = template_of(llm)
     tools = [tool.model_dump() for tool in chosen(asked.tools, asked.tool_choice)]
     try:

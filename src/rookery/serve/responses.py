@@ -8,12 +8,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from fastapi.sse import EventSourceResponse, format_sse_event
+from fastapi.sse import format_sse_event
 
 from rookery.serve.hosting import Hosted, Running
-from rookery.serve.prompts import conversation, next_turn
+from rookery.serve.prompts import conversation
 from rookery.serve.schema import ApiError, Message, Responses
-from rookery.serve.text import finished, hosted
+from rookery.serve.text import finished, hosted, streaming
 
 routes = APIRouter(prefix="/v1", tags=["responses"])
 
@@ -27,13 +27,13 @@ async def respond(asked: Responses, request: Request) -> Response:
         messages.insert(0, Message(role="system", content=asked.instructions))
     before = asked.previous_response_id or asked.state
     session = model.states.get(before).session.fork() if before else None
-    prompt = (next_turn if before else conversation)(model.llm, messages)
+    prompt = conversation(model.llm, messages, goes_on=before is not None)
     limit = asked.max_output_tokens or model.limits.max_tokens
     stops = (*(asked.stop or ()), *prompt.stops)
     running = model.submit(prompt.text, limit, session, seed=asked.seed, stop=stops, **asked.options())
     answer = Answer(model, asked, running)
     if asked.stream:
-        return EventSourceResponse(answer.events(), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        return streaming(request, answer.id, answer.events(), [running])
     (text,) = await finished(request, [running])
     return JSONResponse(answer.done(text.strip()))
 
@@ -124,7 +124,7 @@ class Answer:
             part = {"type": "output_text", "text": "", "annotations": []}
             yield event("response.content_part.added", **place, part=part)
             async for piece in self.running.pieces():
-                shown = piece.text if text else piece.text.lstrip()
+                shown = piece if text else piece.lstrip()
                 text += shown
                 if shown:
                     yield event("response.output_text.delta", **place, delta=shown, logprobs=[])
@@ -135,5 +135,3 @@ class Answer:
             yield event(f"response.{whole['status']}", response=whole)
         except ApiError as wrong:
             yield event("error", code=wrong.code, message=wrong.message, param=wrong.param)
-        finally:
-            self.running.generation.cancel()

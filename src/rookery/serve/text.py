@@ -64,10 +64,25 @@ async def gone(request: Request) -> None:
             return
 
 
-def events(request: Request, id: str, chunks: AsyncIterator[dict[str, Any]], running: Sequence[Running]) -> Response:
-    """The chunks as server-sent events; an error in the middle is one, too."""
+def streaming(request: Request, id: str, events: AsyncIterator[bytes], running: Sequence[Running]) -> Response:
+    """Server-sent events; while they flow, the answer can be cancelled by its id."""
     open_: dict[str, Sequence[Running]] = request.app.state.open
     open_[id] = running
+
+    async def watched() -> AsyncIterator[bytes]:
+        try:
+            async for event in events:
+                yield event
+        finally:
+            open_.pop(id, None)
+            for one in running:
+                one.generation.cancel()
+
+    return EventSourceResponse(watched(), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+
+def events(request: Request, id: str, chunks: AsyncIterator[dict[str, Any]], running: Sequence[Running]) -> Response:
+    """The chunks as server-sent events; an error in the middle is one, too."""
 
     async def lines() -> AsyncIterator[bytes]:
         try:
@@ -80,12 +95,8 @@ def events(request: Request, id: str, chunks: AsyncIterator[dict[str, Any]], run
             broken = ApiError(500, "the answer could not be finished; the server's log says why")
             yield format_sse_event(data_str=json.dumps(broken.body()))
             raise
-        finally:
-            open_.pop(id, None)
-            for one in running:
-                one.generation.cancel()
 
-    return EventSourceResponse(lines(), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    return streaming(request, id, lines(), running)
 
 
 async def merged(running: Sequence[Running]) -> AsyncIterator[tuple[int, str | None]]:
@@ -95,7 +106,7 @@ async def merged(running: Sequence[Running]) -> AsyncIterator[tuple[int, str | N
     async def follow(number: int, one: Running) -> None:
         try:
             async for piece in one.pieces():
-                queue.put_nowait((number, piece.text))
+                queue.put_nowait((number, piece))
             queue.put_nowait((number, None))
         except Exception as error:
             queue.put_nowait(error)
