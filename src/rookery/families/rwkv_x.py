@@ -119,7 +119,8 @@ def config_from_shapes(shapes: Shapes, **told: Any) -> RWKVXConfig:
         raise BadCheckpoint(f"not a whole RWKV-X checkpoint: its sparse blocks are numbered {sorted(numbers)}")
     if numbers and not {"chunk_size", "topk"} <= told.keys():
         log.warning(
-            "files of RWKV-X do not say chunk_size and topk: taken are %d and %d; others are given as settings",
+            "files of RWKV-X do not say chunk_size and topk: taken are %d and %d; if the model was trained with "
+            "others, give them as settings (--setting chunk_size=1024)",
             told.get("chunk_size", ChunkedAttention.chunk_size),
             told.get("topk", ChunkedAttention.topk),
         )
