@@ -229,8 +229,8 @@ def setup(work: Work, sizes: dict[str, int]) -> str:
     )
     s5 = text_driven_s5
     again = (
-        " Learning this is not stable: a second run of the committed experiment, of 1,000 steps, found 0.91 after 12 swaps "
-        "with the first seed and 0.33 with the second; the table has the run that was planned."
+        " Learning this is not stable: a second run of the committed experiment, of 1,000 steps, found 0.91 after 12 "
+        "swaps with the first seed and 0.33 with the second; the table has the run that was planned."
     )
     again = again if work.scale == "default" else ""
     return f"""Pictures: {data}, {grid}, captions such as "a handwritten three", 10% withheld; width 64, two heads,
