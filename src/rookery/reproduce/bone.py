@@ -284,15 +284,15 @@ def judge(
     second = means["miss"] <= means["lora"] + margin
     order = ", ".join(f"{name} {statistics.fmean(values):.3f}" for name, values in sorted(at.items(), key=_mean))
     text = f"""The rule: at one rate ({EQUAL:g}) MiSS and BAT have a lower loss than LoRA around step 50 on every seed
-({_said(first)}), and at the best rate of each MiSS ends at most one standard deviation above LoRA ({_said(second)}:
-{means["miss"]:.3f} against {means["lora"]:.3f} ± {margin:.3f}).
+({_said(first)}), and at the best rate of each MiSS ends at most one standard deviation above LoRA
+({_said(second)}: {means["miss"]:.3f} against {means["lora"]:.3f} ± {margin:.3f}).
 
-Around step 50 at the equal rate: {order}. At one rate MiSS and BAT take larger steps, as their first gradient
-norms say;
-the best rates show what is left of the lead. Before tuning the base needs {before["bits"]:.3f} bits a byte for the new
-sentences and answers {100 * before["exact"]:.0f}% of the sums. So few steps teach the sentences' form; sums stay
-hard for
-a model of this size, so the share that is right says little."""
+Around step 50 at the equal rate: {order}. At one rate MiSS and BAT take larger steps, as their first
+gradient norms say; the best rates show what is left of the lead. Before tuning the base needs
+{before["bits"]:.3f} bits a byte for the new sentences and answers {100 * before["exact"]:.0f}% of the
+sums. So few steps teach the sentences' form; sums stay hard for a model of this size, so the share that
+is right says little. Nor does forgetting compare the methods alone: it grows with the rate, and the
+adapters' rates are larger than that of all weights."""
     return first and second, text
 
 
@@ -306,19 +306,19 @@ def _said(held: bool) -> str:
 
 def setup(sizes: Sizes) -> str:
     return f"""The base is the model that ships with the package: four blocks of RWKV-7, 256 wide, 4.5 million weights,
-trained on children's stories. The new text is made up: "Tom has 34 apples and buys 27 more. Tom has 34+27=61 apples.",
-with {len(NAMES)} names, {len(THINGS)} things, sums and differences of numbers from 10 to 99, of which some pairs never
-appear in training. {sizes.held_out} held-out sentences are measured in bits a byte, {sizes.answers} are answered
-with the
-likeliest tokens; forgetting is the rise of the loss on {sizes.own} rows of the base's own text.
+trained on children's stories. The new text is made up: "Tom has 34 apples and buys 27 more. Tom has
+34+27=61 apples.", with {len(NAMES)} names, {len(THINGS)} things, sums and differences of numbers from
+10 to 99, of which some pairs never appear in training. {sizes.held_out} held-out sentences are measured
+in bits a byte, {sizes.answers} are answered with the likeliest tokens; forgetting is the rise of the
+loss on {sizes.own} rows of the base's own text.
 
-Adapters on all six matrices of a block, of equal size: LoRA and PiSSA of rank 8, MiSS and BAT (peft's form) of 16 rows;
-DoRA of rank 7 is 6% smaller, of rank 8 it would be larger. LoRA and DoRA are scaled by 2, as usual. {sizes.steps}
-steps of
-{sizes.batch} sentences, AdamW (0.9, 0.99), warm-up 10, cosine to a tenth, clip 1, no decay of weights; seeds move the
-adapters' first values and the order of sentences. The best rate of an adapter is that of
-{" and ".join(f"{rate:g}" for rate in ADAPTERS)} with the lower final loss on the first seed; all weights have 1e-3, the
-state 1. `--full` searches further."""
+Adapters on all six matrices of a block, of equal size: LoRA and PiSSA of rank 8, MiSS and BAT (peft's
+form) of 16 rows; DoRA of rank 7 is 6% smaller, of rank 8 it would be larger. LoRA and DoRA are scaled
+by 2, as usual. {sizes.steps} steps of {sizes.batch} sentences, AdamW (0.9, 0.99), warm-up 10, cosine to
+a tenth, clip 1, no decay of weights; seeds move the adapters' first values and the order of sentences.
+The best rate of an adapter is that of {" and ".join(f"{rate:g}" for rate in ADAPTERS)} with the lower
+final loss on the first seed; all weights have 1e-3, the state 1. The larger one may not be large enough
+where it is the best; `--full` searches further."""
 
 
 def draw(figure: "Figure", best: dict[str, list[dict[str, Any]]], equal: dict[str, list[dict[str, Any]]]) -> None:
