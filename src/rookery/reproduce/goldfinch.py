@@ -254,8 +254,10 @@ def judge(table: list[dict[str, Any]]) -> tuple[bool, str]:
    ({100 * gold["recall"]:.1f}% against {100 * plain["recall"]:.1f}%).
 
 The cache compressed sixteen-fold recalls {100 * abs(cost):.1f} points {"less" if cost > 0 else "more"} than one that is
-not compressed. RWKV-6 is stopped where the others have long learned the task; what its state could hold after more
-steps is not tried here (see the reproduction `recall`).""",
+not compressed. RWKV-6 is stopped where the others have long learned the task; what its state could hold
+after more steps is not tried here (see the reproduction `recall`). The full hybrid, trained as long, recalls
+{100 * hybrid["recall"]:.1f}%: keys that hold the embedding are learned sooner. A lead of {lead:.3f} nats over RWKV-6 is
+that of a few minutes; the paper finds 0.11 at 1.5B parameters.""",
     )
 
 
