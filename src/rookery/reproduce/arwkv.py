@@ -70,15 +70,15 @@ MORE = [
     Arm(name="arwkv-frozen-mlp", to="arwkv", frozen_mlp=True),
     Arm(name="scratch-ce", to="arwkv", copied=False, aligned=False, on_text=True),
 ]
-RATES = {"radlads": (1e-3, 1e-3), "arwkv": (4e-3, 2e-3), "scratch": (1e-3, 2e-3)}
+RATES = {"radlads": (1e-3, 1e-3), "arwkv": (4e-3, 2e-3), "scratch": (1e-3, 4e-3)}
 """Peak rates of alignment and of what follows."""
 ALIGN_RATES, RATES_AFTER = (1e-3, 4e-3), (1e-3, 2e-3, 4e-3)
 """Those that --full tries on the first seed, for each arm."""
 Rates = tuple[float, float]
-TRIED = """Peak rates were not searched evenly: on the first seed `arwkv` was first tried with 1e-3 in alignment, ended
-at 0.596 nats, 0.91 of `scratch`, which the second part of the rule does not allow, and got 4e-3 then,
-because its mixers had hardly moved; `radlads` and `scratch` have had one try each. `--full` tries the same
-rates for every arm."""
+TRIED = """Peak rates are the best that were tried on the first seed: after alignment 2e-3 and 4e-3 for `arwkv` (0.565
+and 0.568 nats) and `scratch` (0.656 and 0.544), 1e-3 and 4e-3 for `radlads` (0.268 and 0.385); in alignment
+1e-3 and 4e-3 for `arwkv` (0.596 and 0.565), 1e-3 for `radlads`. A first run, with 2e-3 for `scratch`,
+fulfilled the rule; the rate that suits that arm better undid it. `--full` tries all pairs for every arm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,6 +295,7 @@ def judge(found: dict[str, tuple[Rates, list[dict[str, Any]]]], ceiling: float) 
     )
     aligned = [found[name][1][0]["relative"]["aligned"] for name in ("radlads", "arwkv")]
     mean = [sum(layers) / len(layers) for layers in aligned]
+    behind = "" if second else BEHIND
     text = f"""The rule, on every seed: KL(teacher‖student) after equal tokens is for RADLADS' student at most 0.6 of
 ARWKV's ({_said(first)}), for ARWKV's at most 0.9 of that of a student from nothing ({_said(second)}), and no student's
 accuracy falls by more than 0.3 points from one measurement to the next ({_said(third)}: the least it rises
@@ -304,11 +305,17 @@ KL of `radlads`, `arwkv` and `scratch`, by seed: {figures}. The teacher itself f
 that it has sampled: more than that nobody can. After alignment the mixers' outputs are off by {mean[0]:.2f} (`radlads`)
 and {mean[1]:.2f} (`arwkv`) of the attention's size; one that says nothing is off by about 1.
 
-The ways differ in more than the copied projections (grouped keys, positions, gate, token shift, scale), so the gap is
+{behind}The ways differ in more than the copied projections (grouped keys, positions, gate, token shift, scale), so the gap is
 not the copy's alone; `--full` has an arm that draws them anew. Agreement with a teacher of short texts says nothing
 about
 what a conversion of a large model forgets, nor about long contexts."""
     return first and second and third, text
+
+
+BEHIND = """So few weights are learned anew, it seems, in the time that new mixers take to catch up with the embeddings and
+MLPs that they were given.
+
+"""
 
 
 def fall(curve: list[dict[str, Any]]) -> float:
