@@ -297,23 +297,23 @@ def judge(found: dict[str, tuple[Rates, list[dict[str, Any]]]], ceiling: float) 
     mean = [sum(layers) / len(layers) for layers in aligned]
     behind = "" if second else BEHIND
     text = f"""The rule, on every seed: KL(teacher‖student) after equal tokens is for RADLADS' student at most 0.6 of
-ARWKV's ({_said(first)}), for ARWKV's at most 0.9 of that of a student from nothing ({_said(second)}), and no student's
-accuracy falls by more than 0.3 points from one measurement to the next ({_said(third)}: the least it rises
-is {-100 * max(falls):.2f} points).
+ARWKV's ({_said(first)}), for ARWKV's at most 0.9 of that of a student from nothing ({_said(second)}), and
+no student's accuracy falls by more than 0.3 points from one measurement to the next ({_said(third)}: the
+least it rises is {-100 * max(falls):.2f} points).
 
-KL of `radlads`, `arwkv` and `scratch`, by seed: {figures}. The teacher itself finds {100 * ceiling:.1f}% of the tokens
-that it has sampled: more than that nobody can. After alignment the mixers' outputs are off by {mean[0]:.2f} (`radlads`)
-and {mean[1]:.2f} (`arwkv`) of the attention's size; one that says nothing is off by about 1.
+KL of `radlads`, `arwkv` and `scratch`, by seed: {figures}. The teacher itself finds {100 * ceiling:.1f}%
+of the tokens that it has sampled: more than that nobody can. After alignment the mixers' outputs are off
+by {mean[0]:.2f} (`radlads`) and {mean[1]:.2f} (`arwkv`) of the attention's size; one that says nothing is
+off by about 1.
 
-{behind}The ways differ in more than the copied projections (grouped keys, positions, gate, token shift, scale), so the gap is
-not the copy's alone; `--full` has an arm that draws them anew. Agreement with a teacher of short texts says nothing
-about
-what a conversion of a large model forgets, nor about long contexts."""
+{behind}The ways differ in more than the copied projections (grouped keys, positions, gate, token shift, scale),
+so the gap is not the copy's alone; `--full` has an arm that draws them anew. Agreement with a teacher of
+short texts says nothing about what a conversion of a large model forgets, nor about long contexts."""
     return first and second and third, text
 
 
-BEHIND = """So few weights are learned anew, it seems, in the time that new mixers take to catch up with the embeddings and
-MLPs that they were given.
+BEHIND = """So few weights are learned anew, it seems, in the time that new mixers take to catch up with the
+embeddings and MLPs that they were given.
 
 """
 
