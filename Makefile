@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := torch,train,series,serve
+EXTRAS := torch,train,series,serve,vision
 
 .PHONY: help demo test lint docs budget bench-train bench-inference sanitize test-arm clean
 .DEFAULT_GOAL := help

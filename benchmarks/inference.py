@@ -134,7 +134,7 @@ def rookery_worker(path: str, setup: Setup) -> dict[str, float]:
     from rookery.engine.profile import step_bytes
     from rookery.engine.runners.native import NativeRunner
 
-    runner = NativeRunner(path, threads=setup.threads)
+    runner = NativeRunner(path, threads=setup.threads, preload=True)
     draw = np.random.default_rng(1)
     prompt = draw.integers(1, runner.config.vocab_size, size=max(setup.prefill)).tolist()
 

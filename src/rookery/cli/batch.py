@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rookery.engine.batch import run_batch
 
-    llm = load_llm(args, args.template)
+    llm = load_llm(args, args.template, preload=True)
     options = text_options(args) | {"seed": args.seed or 0}
     progress = Progress("prompts")
     done = total = 0

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
         with contextlib.suppress(ImportError):  # not on every system
             import readline  # noqa: F401 (input() then has a history and can be edited)
-    llm = load_llm(args, args.template)
+    llm = load_llm(args, args.template, preload=True)
     _ = llm.template  # a model that cannot converse says so before the first turn
     chat = Chat(llm, args.system, args.think, text_options(args))
     chat.talks["1"].session = llm.session(args.state)

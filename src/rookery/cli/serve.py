@@ -63,7 +63,7 @@ def run(given: argparse.Namespace) -> int:
     models = {}
     for name, path in zip(names, paths):
         print(f"loading {name}", file=sys.stderr)
-        models[name] = load_llm(argparse.Namespace(**{**vars(given), "model": path}), given.template)
+        models[name] = load_llm(argparse.Namespace(**{**vars(given), "model": path}), given.template, preload=True)
     models |= swapped(given, next(iter(models.values())))
     limits = Limits(
         rows=given.rows,

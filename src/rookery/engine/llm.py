@@ -44,7 +44,8 @@ class LLM:
     "world", "raven"), where its file name does not tell. `adapter` is a file of RWKV-PEFT or a folder of peft
     that is merged into the weights, `adapter_alpha` the alpha of a LoRA whose file does not say it.
     `settings` are fields of the model's config that no file tells, as {"bits": 4} for a 4-bit ROSA model. `lean`, for
-    compressed models on the compiled runtime, holds no more of the file in memory than tokens need. Raises
+    compressed models on the compiled runtime, holds no more of the file in memory than tokens need. `preload` reads
+    all weights into memory at the start instead of mapping them (see `NativeRunner`): later there, then faster. Raises
     BadCheckpoint for what is no model, BackendUnavailable or MissingDependency for what cannot run here.
     """
 
@@ -62,6 +63,7 @@ class LLM:
         adapter_alpha: float | None = None,
         settings: Mapping[str, Any] | None = None,
         lean: bool = False,
+        preload: bool = False,
     ) -> None:
         if quantize is not None and quantize not in FORMATS:
             supported = ", ".join(map(repr, FORMATS))
@@ -75,7 +77,7 @@ class LLM:
             from rookery.checkpoints.adapter import adapted
 
             checkpoint = adapted(checkpoint, adapter, alpha=adapter_alpha)
-        self._set(_runner(checkpoint, threads, isa, device, quantize, lean), checkpoint, tokenizer, template)
+        self._set(_runner(checkpoint, threads, isa, device, quantize, lean, preload), checkpoint, tokenizer, template)
 
     @classmethod
     def from_runner(
@@ -307,6 +309,7 @@ def _runner(
     device: str | None,
     quantize: str | None,
     lean: bool = False,
+    preload: bool = False,
 ) -> Runner:
     """The model on `device`, or on the compiled runtime where that can run it, or with torch on the CPU."""
     if checkpoint.family.kind != "language":
@@ -328,7 +331,7 @@ def _runner(
     from rookery.engine.runners.native import NativeRunner
 
     try:
-        return NativeRunner(checkpoint, threads=threads, isa=isa, quantize=quantize, lean=lean)
+        return NativeRunner(checkpoint, threads=threads, isa=isa, quantize=quantize, lean=lean, preload=preload)
     except BackendUnavailable as reason:
         if isa is not None or quantize is not None or lean:
             raise

@@ -9,8 +9,10 @@ from support.language import as_runtime, randomise
 
 from rookery import _native
 from rookery.checkpoints import open_checkpoint
+from rookery.checkpoints.convert import convert
 from rookery.engine.runners import native
 from rookery.engine.runners.native import NativeRunner
+from rookery.engine.runners.pages import in_large_pages
 from rookery.engine.runners.torch import TorchRunner
 from rookery.errors import BackendUnavailable, BadState, UnknownName
 from rookery.models import create_model, load, save_model
@@ -257,6 +259,35 @@ def test_settings_that_do_not_exist_are_refused(files, tmp_path):
         BackendUnavailable, match="runs rwkv4, rwkv5, rwkv6, rwkv7, .* is a model of the family transformer"
     ):
         NativeRunner(tmp_path / "t.safetensors")
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_weights_in_large_pages_give_the_same_bits(files, tmp_path, quantize):
+    path = files["odd", torch.bfloat16]
+    if quantize:
+        path = tmp_path / "packed.safetensors"
+        convert(files["odd", torch.bfloat16], path, dtype=quantize)
+    mapped, loaded = NativeRunner(path), NativeRunner(path, preload=True)
+    ids = some_ids(mapped)
+    states = [runner.init_state() for runner in (mapped, loaded)]
+    np.testing.assert_array_equal(mapped.forward(ids, states[0], "all"), loaded.forward(ids, states[1], "all"))
+    assert equal_states(*states)
+
+
+def test_what_is_copied_to_large_pages_is_what_lies_in_a_mapped_file(tmp_path):
+    numbers = np.arange(3 << 20, dtype=np.float32)
+    numbers.tofile(tmp_path / "numbers")
+    mapped = np.memmap(tmp_path / "numbers", dtype=np.uint8, mode="r").view(np.ndarray)
+    parts = {"first": mapped[4:4004].view(np.float32), "rest": mapped[4004:].view(np.float32).reshape(-1, 1)}
+    own = np.ones(4)
+    copied = in_large_pages(parts | {"own": own}, 2)
+    assert copied["own"] is own
+    assert list(copied) == ["first", "rest", "own"]
+    for name, part in parts.items():
+        assert copied[name].ctypes.data % 64 == 0
+        assert not np.shares_memory(copied[name], part)
+        np.testing.assert_array_equal(copied[name], part)  # the file's pages come back when they are asked for
+    assert in_large_pages({"own": own}, 2) == {"own": own}
 
 
 def test_large_weights_stay_where_they_lie_and_alive(files, monkeypatch):

@@ -22,9 +22,11 @@ def in_large_pages(arrays: Mapping[str, np.ndarray], threads: int) -> dict[str, 
         places[name], total = total, total + -(-array.nbytes // LINE) * LINE
     if not total:
         return dict(arrays)
-    memory = mmap.mmap(-1, total + PAGE)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # memory that is shared, as mmap makes it unasked, has none
+        memory = mmap.mmap(-1, total + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
+    else:
+        memory = mmap.mmap(-1, total + PAGE)
     block = np.frombuffer(memory, np.uint8)
     start = -block.ctypes.data % PAGE
 
