@@ -10,12 +10,11 @@ process. Ratios are cross-attention's time over CrossWKV's: above 1 CrossWKV is 
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
 
 import torch
-from support import Machine, interleaved, report
+from support import Machine, interleaved, peak_mb, report
 from torch import nn
 
 from rookery.families.dir7 import create
@@ -95,9 +94,9 @@ def peak(mode: str, words: int, given: argparse.Namespace) -> float:
     layer(x, grid, layer.read(text), None)  # libraries and kernels are loaded
     layer, x, text, grid = pieces(mode, words, given)
     memory = layer.read(text)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_mb()
     layer(x, grid, memory, None)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1000
+    return peak_mb() - before
 
 
 if __name__ == "__main__":

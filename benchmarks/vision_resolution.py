@@ -10,13 +10,12 @@ Memory is the growth of a fresh process's peak over one call. The crossover is w
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
 
 import torch
-from support import Machine, interleaved, report
+from support import Machine, interleaved, peak_mb, report
 from torch import Tensor, nn
 
 from rookery.families.vision_rwkv import create
@@ -122,9 +121,9 @@ def alone(name: str, pixels: int, direction: str, given: argparse.Namespace) -> 
 def peak(name: str, width: int, pixels: int, direction: str) -> float:
     call(name, width, PATCH * 2, direction)()  # libraries and kernels are loaded
     run = call(name, width, pixels, direction)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_mb()
     run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1000
+    return peak_mb() - before
 
 
 def crossover(rows: list[dict], name: str) -> str:
