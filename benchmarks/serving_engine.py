@@ -130,9 +130,11 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     contexts = [row["context"] for row in rows]
-    for axes, name in ((left, "ms a token"), (right, "process MB")):
-        axes.plot(contexts, [row[name] for row in rows], marker="o")
-        axes.set(xscale="log", xlabel="tokens of context", ylabel=name, ylim=(0, None))
+    drawn = ((left, "to a fresh one's", "time of a token, relative to a fresh session's"), (right, "process MB", "MB"))
+    for axes, name, label in drawn:
+        values = [row[name] for row in rows]
+        axes.plot(contexts, values, marker="o")
+        axes.set(xscale="log", xlabel="tokens of context", ylabel=label, ylim=(0, 1.25 * max(values)))
     figure.savefig(path, dpi=120)
 
 
