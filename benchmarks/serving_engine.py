@@ -130,7 +130,7 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     contexts = [row["context"] for row in rows]
-    drawn = ((left, "to a fresh one's", "time of a token, relative to a fresh session's"), (right, "process MB", "MB"))
+    drawn = ((left, "to a fresh one's", "time of a token / a fresh one's"), (right, "process MB", "MB"))
     for axes, name, label in drawn:
         values = [row[name] for row in rows]
         axes.plot(contexts, values, marker="o")
