@@ -199,7 +199,8 @@ label (chance {task.chance:.3f}). Two blocks of width {SIZES["hidden_size"]}, in
 steps of {how.batch_size} fresh rows, AdamW with warm-up and cosine, peak {how.lr:g} for all arms; tested every
 {how.test_every} steps on {how.test_rows} rows; an arm that reaches 99.5% stops. Length, depth and rate were chosen
 after single runs on seed 0, mostly of RRWKV: with one block it learned nothing in 200 steps. "Only in the inputs": the
-average of values holds no mediums (no retrospection); "only in the average": ρ is frozen at zero."""
+average of values holds no mediums (no retrospection); "only in the average": ρ is frozen at zero. A first run,
+with a delay of 256 and a rate of 0.002, was stopped after one run of RWKV-4."""
 
 
 def draw(

@@ -352,7 +352,7 @@ def judge(table: list[Row], found: dict[str, list[Row]], scale: str) -> tuple[bo
     text = f"""The rule, set before the run: with low-rank projections, guessed units, cache and
 hierarchical head together in 16 bits, the formula gives on average at least 2 times less memory, and the loss
 rises by at most 0.1 bits per byte; and what must be exact is: guesses that are always right and the
-cache change nothing.
+cache change nothing. (The words "on average" came after the run; the rule as coded went by means before it.)
 
 All four together need {together[FLOAT16]:.2f} times less memory and cost {together[MORE]:+.3f} bits per byte; with int8
 {by_name["all, int8"][FLOAT16]:.2f} times less at {by_name["all, int8"][MORE]:+.3f}: means over the seeds, by which
