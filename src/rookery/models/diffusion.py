@@ -9,19 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, layer_norm, pad
+from torch.nn.functional import layer_norm
 
 from rookery.checkpoints.state_file import fingerprint
 from rookery.families.diffusion import FAMILY, TIME_FEATURES, DiffusionConfig, DiffusionRWKVConfig
 from rookery.models.rwkv7 import MATRIX_GAIN
 from rookery.models.vision import SPATIAL_MIXES, ChannelMix, initial_vectors
 from rookery.nn.initial import normal_, uniform_
+from rookery.nn.pictures import Grid, check_images, resized, whole_patches
 from rookery.nn.rwkv import set_matrices, set_vectors
 from rookery.state import to_numpy
 
 # b batch, t tokens, c width; a grid is (rows, columns) of tokens
-
-Grid = tuple[int, int]
 
 ATTENTION_GAIN = {n: g for n, g in MATRIX_GAIN.items() if n.startswith("att.")} | {"att.output.weight": 1.0}
 """As RWKV-7's, but outputs do not begin at zero: the gates do, and behind two zeros nothing would ever be learned."""
@@ -185,26 +184,14 @@ class DiffusionModel(nn.Module):
 
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Tokens [b, t, c] with their positions, and their grid."""
-        channels, patch = self.config.in_channels, self.config.patch_size
-        if images.dim() != 4 or images.shape[1] != channels or 0 in images.shape[2:]:
-            raise ValueError(
-                f"images must be [batch, {channels}, height, width] of at least one pixel, got {list(images.shape)}"
-            )
-        if not images.is_floating_point():
-            raise ValueError(f"images must be floats from −1 to 1, got {images.dtype}; scale bytes by x / 127.5 − 1")
-        x = self.patch_embed.proj(pad(images, (0, -images.shape[3] % patch, 0, -images.shape[2] % patch)))
+        check_images(images, self.config.in_channels, "floats from −1 to 1", "scale bytes by x / 127.5 − 1")
+        x = self.patch_embed.proj(whole_patches(images, self.config.patch_size))
         grid = (x.shape[2], x.shape[3])
         return x.flatten(2).mT + self.positions(grid), grid
 
     def positions(self, grid: Grid) -> Tensor:
         """The learned positions [1, t, c], resized (bicubic, float32) where the grid is another."""
-        learned = self.config.grid
-        if grid == (learned, learned):
-            return self.pos_embed
-        wide = self.pos_embed.to(torch.promote_types(self.pos_embed.dtype, torch.float32))
-        square = wide.mT.unflatten(2, (learned, learned))
-        resized = interpolate(square, size=grid, mode="bicubic", align_corners=False)
-        return resized.flatten(2).mT.to(self.pos_embed.dtype)
+        return resized(self.pos_embed, self.config.grid, grid)
 
     @property
     def like(self) -> Tensor:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pad, silu
+from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
 from rookery.checkpoints.state_file import fingerprint
@@ -20,6 +20,7 @@ from rookery.models.rwkv5 import head_norm, initial_decay_and_bonus
 from rookery.models.rwkv7 import MATRIX_GAIN, TimeMix, initial_2025_05
 from rookery.nn.grid import ORDERS, q_shift, scan, shift, unscan
 from rookery.nn.initial import normal_, uniform_
+from rookery.nn.pictures import check_images, resized, whole_patches
 from rookery.nn.rwkv import place, set_matrices, set_vectors
 from rookery.ops.bi_wkv import bi_wkv
 from rookery.ops.bi_wkv6 import bi_wkv6
@@ -252,27 +253,14 @@ class VisionRWKV(nn.Module):
 
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Tokens [b, t, c] with their positions, and their grid. Images are filled up with zeros, right and below."""
-        channels, patch = self.config.in_channels, self.config.patch_size
-        if images.dim() != 4 or images.shape[1] != channels or 0 in images.shape[2:]:
-            raise ValueError(
-                f"images must be [batch, {channels}, height, width] of at least one pixel, got {list(images.shape)}"
-            )
-        if not images.is_floating_point():
-            raise ValueError(f"images must be normalised floats, got {images.dtype}; divide bytes by 255 and normalise")
-        images = pad(images, (0, -images.shape[3] % patch, 0, -images.shape[2] % patch))
-        x = self.patch_embed.projection(images)
+        check_images(images, self.config.in_channels, "normalised floats", "divide bytes by 255 and normalise")
+        x = self.patch_embed.projection(whole_patches(images, self.config.patch_size))
         grid = (x.shape[2], x.shape[3])
         return x.flatten(2).mT + self.positions(grid), grid
 
     def positions(self, grid: Grid) -> Tensor:
         """The learned positions [1, t, c], resized (bicubic, float32) where the grid is another."""
-        learned = self.config.grid
-        if grid == (learned, learned):
-            return self.pos_embed
-        wide = self.pos_embed.to(torch.promote_types(self.pos_embed.dtype, torch.float32))
-        square = wide.mT.unflatten(2, (learned, learned))
-        resized = interpolate(square, size=grid, mode="bicubic", align_corners=False)
-        return resized.flatten(2).mT.to(self.pos_embed.dtype)
+        return resized(self.pos_embed, self.config.grid, grid)
 
     @torch.no_grad()
     def set_input_size(self, image_size: int) -> None:

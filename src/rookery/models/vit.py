@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pad
 
 from rookery.families.transformer import create
 from rookery.models.transformer import Block, KeyValues, Place
 from rookery.nn.initial import normal_, uniform_
+from rookery.nn.pictures import resized, whole_patches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +66,8 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [b, classes]; features [b, c] of a model without classes."""
-        patch, learned = self.config.patch_size, self.config.grid
-        x = self.patch_embed(pad(images, (0, -images.shape[3] % patch, 0, -images.shape[2] % patch)))
-        grid = x.shape[2:]
-        square = self.pos_embed.mT.unflatten(2, (learned, learned))
-        x = (x + interpolate(square, size=grid, mode="bicubic", align_corners=False)).flatten(2).mT
+        x = self.patch_embed(whole_patches(images, self.config.patch_size))
+        x = x.flatten(2).mT + resized(self.pos_embed, self.config.grid, (x.shape[2], x.shape[3]))
         place = Place(torch.empty(0), x.shape[1], True, None)
         for block in self.layers:
             heads = block.self_attn.heads(x[:, :0])
