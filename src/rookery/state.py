@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rookery.checkpoints.state_file import SESSION_PREFIX, sizes, write_state
+from rookery.checkpoints.state_file import SESSION_PREFIX, fingerprint, sizes, write_state
 from rookery.checkpoints.tuned_state import start_arrays
 from rookery.errors import BadState
 
@@ -172,6 +172,12 @@ def _filled_up(tensor: Tensor, sizes: list[int]) -> Tensor:
     if not any(missing):
         return tensor
     return pad(tensor, [n for m in reversed(missing) for n in (0, m)])
+
+
+def fingerprint_of(family: str, config: Any, embedding: Tensor, final_norm: Tensor) -> str:
+    """`rookery.checkpoints.state_file.fingerprint` of a model's weights, of which the first 16 rows will do."""
+    samples = (to_numpy(weight.detach().to(torch.float32)) for weight in (embedding[:16], final_norm))
+    return fingerprint(family, config, *samples)
 
 
 def to_numpy(tensor: Tensor) -> Any:

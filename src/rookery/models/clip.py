@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 
-from rookery.checkpoints.state_file import fingerprint
 from rookery.families.clip import FAMILY, RWKVCLIPConfig, TextTowerConfig
 from rookery.models.rwkv6 import MATRIX_GAIN, initial_vectors
 from rookery.models.vision import SpatialMix6, VisionRWKV
@@ -18,7 +17,7 @@ from rookery.nn.grid import b_shift
 from rookery.nn.initial import uniform_
 from rookery.nn.rwkv import set_matrices, set_vectors
 from rookery.ops.relu_squared import relu_squared
-from rookery.state import to_numpy
+from rookery.state import fingerprint_of
 
 # b batch, t tokens, c width
 
@@ -199,8 +198,7 @@ class RWKVCLIP(nn.Module):
 
     def fingerprint(self) -> str:
         """Names these weights (see `rookery.checkpoints.state_file.fingerprint`)."""
-        samples = self.text_model.emb.weight[:16], self.text_model.ln_out.weight
-        return fingerprint(self.family, self.config, *(to_numpy(x.detach().to(torch.float32)) for x in samples))
+        return fingerprint_of(self.family, self.config, self.text_model.emb.weight, self.text_model.ln_out.weight)
 
     @torch.no_grad()
     def init_weights(self, seed: int | None = None) -> None:

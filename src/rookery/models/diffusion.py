@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from rookery.checkpoints.state_file import fingerprint
 from rookery.families.diffusion import FAMILY, TIME_FEATURES, DiffusionConfig, DiffusionRWKVConfig
 from rookery.models.rwkv7 import MATRIX_GAIN
 from rookery.models.vision import SPATIAL_MIXES, ChannelMix, initial_vectors
 from rookery.nn.initial import normal_, uniform_
 from rookery.nn.pictures import Grid, check_images, resized, whole_patches
 from rookery.nn.rwkv import set_matrices, set_vectors
-from rookery.state import to_numpy
+from rookery.state import fingerprint_of
 
 # b batch, t tokens, c width; a grid is (rows, columns) of tokens
 
@@ -200,8 +199,7 @@ class DiffusionModel(nn.Module):
 
     def fingerprint(self) -> str:
         """Names these weights (see `rookery.checkpoints.state_file.fingerprint`)."""
-        samples = self.patch_embed.proj.weight[:16], self.norm_f.weight
-        return fingerprint(self.family, self.config, *(to_numpy(x.detach().to(torch.float32)) for x in samples))
+        return fingerprint_of(self.family, self.config, self.patch_embed.proj.weight, self.norm_f.weight)
 
     def init_shared(self, blocks: list[nn.Module], generator: torch.Generator) -> None:
         """The table of `DiffusionRWKV.init_weights`, for these blocks in their order."""

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pad, scaled_dot_product_attention, softplus
 
-from rookery.checkpoints.state_file import fingerprint
 from rookery.families.forecast import median_of
 from rookery.families.rimer import RimerConfig
 from rookery.families.rimer_released import RimerReleasedConfig
@@ -21,7 +20,7 @@ from rookery.models import rwkv5, rwkv7
 from rookery.nn.initial import normal_, orthogonal_
 from rookery.nn.patches import Scale, check_series, patches_of, scale_of
 from rookery.nn.rwkv import Block, Call, LayerState, set_matrices, set_vectors
-from rookery.state import State, to_numpy
+from rookery.state import State, fingerprint_of
 
 # b series, l points, n patches, p points of a patch, k points predicted, q values a point, c width
 
@@ -78,8 +77,7 @@ class Forecaster(nn.Module):
     def fingerprint(self) -> str:
         """Names these weights in state files."""
         named = dict(self.named_parameters())
-        first, last = (named[name] for name in self.fingerprinted)
-        return fingerprint(self.family, self.config, to_numpy(first[:16].float()), to_numpy(last.float()))
+        return fingerprint_of(self.family, self.config, *(named[name] for name in self.fingerprinted))
 
     def cut(self, context: Tensor) -> Tensor:
         """Patches [b, n, p] of scaled series [b, l]."""

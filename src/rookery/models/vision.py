@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
-from rookery.checkpoints.state_file import fingerprint
 from rookery.families.vision_rwkv import FAMILY, VisionRWKVConfig
 from rookery.models.rwkv5 import head_norm, initial_decay_and_bonus
 from rookery.models.rwkv7 import MATRIX_GAIN, TimeMix, initial_2025_05
@@ -25,7 +24,7 @@ from rookery.nn.rwkv import place, set_matrices, set_vectors
 from rookery.ops.bi_wkv import bi_wkv
 from rookery.ops.bi_wkv6 import bi_wkv6
 from rookery.ops.relu_squared import relu_squared
-from rookery.state import to_numpy
+from rookery.state import fingerprint_of
 
 # b batch, t tokens, c width, h heads, n channels of a head; a grid is (rows, columns) of tokens
 
@@ -317,8 +316,7 @@ class VisionRWKV(nn.Module):
 
     def fingerprint(self) -> str:
         """Names these weights (see `rookery.checkpoints.state_file.fingerprint`)."""
-        samples = self.patch_embed.projection.weight[:16], self.ln1.weight
-        return fingerprint(self.family, self.config, *(to_numpy(x.detach().to(torch.float32)) for x in samples))
+        return fingerprint_of(self.family, self.config, self.patch_embed.projection.weight, self.ln1.weight)
 
     def _new_head(self) -> nn.Module:
         width, hidden, classes = self.config.hidden_size, self.config.head_hidden_size, self.config.num_classes

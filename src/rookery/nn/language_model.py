@@ -2,14 +2,11 @@
 
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
-from rookery.checkpoints.state_file import fingerprint
 from rookery.nn.packing import pack, unpack
 from rookery.registry import families
-from rookery.state import State, to_numpy
+from rookery.state import State, fingerprint_of
 
 
 class LanguageModel(nn.Module):
@@ -70,8 +67,7 @@ class LanguageModel(nn.Module):
 
     def fingerprint(self) -> str:
         """Names these weights in state files (see `rookery.checkpoints.state_file.fingerprint`)."""
-        embedding, final_norm = self.fingerprint_weights()
-        computed = fingerprint(self.family, self.config, _sample(embedding[:16]), _sample(final_norm))
+        computed = fingerprint_of(self.family, self.config, *self.fingerprint_weights())
         return self._aliases.get(computed, computed)
 
     def known_as(self, fingerprint: str) -> None:
@@ -119,7 +115,3 @@ def _drop_unused(module: LanguageModel, state_dict: dict[str, Any], prefix: str,
         own = name.removeprefix(prefix)
         if family.is_unused(own) or family.is_idle(module.config, own):
             del state_dict[name]
-
-
-def _sample(weight: Tensor) -> np.ndarray:
-    return to_numpy(weight.detach().to(torch.float32))
