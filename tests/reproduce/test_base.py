@@ -44,6 +44,14 @@ def test_a_finished_part_is_not_computed_again(tmp_path, capsys):
     assert "[1/2] a-0: 0.0 s" in capsys.readouterr().err
 
 
+def test_a_part_may_have_any_name(tmp_path):
+    for _ in range(2):
+        work = Work(scale="default", folder=tmp_path)
+        assert work.part("heads of 8, n = 4: a/b", lambda: 1) == 1
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == ["heads-of-8-n-4-a-b.json"]
+    assert work.reused == 1
+
+
 def test_an_interrupted_part_leaves_nothing_behind(tmp_path):
     work = Work(scale="default", folder=tmp_path)
 

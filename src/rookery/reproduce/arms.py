@@ -5,7 +5,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -186,6 +186,33 @@ def searched(
     best = max(tried, key=tried.__getitem__)
     # the first seed's part is there already, and not counted twice
     return best, [found(seed, best) for seed in seeds]
+
+
+def all_searched(
+    work: Work,
+    arms: Sequence[Arm],
+    *,
+    how: Fit,
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    measure: Callable[[Arm, int, Fit, Work], dict[str, Any]],
+) -> dict[str, tuple[float, list[dict[str, Any]]]]:
+    """`searched` for every arm, by name: trained as `how` says but for the rate, `measure` giving the "curve" of `fit`.
+
+    The best rate is the one of the highest accuracy at the end, among equals the one that was there first.
+    """
+    work.planned = len(arms) * (len(seeds) + len(rates) - 1)
+    return {
+        arm.name: searched(
+            work,
+            arm,
+            rates=rates,
+            seeds=seeds,
+            train=lambda arm, seed, rate: measure(arm, seed, replace(how, lr=rate), work),
+            score=lambda part: part["curve"][-1][1] - part["curve"][-1][0] * 1e-9,
+        )
+        for arm in arms
+    }
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:

@@ -10,6 +10,7 @@ plain JSON, is written to the work folder, and the same command goes on with wha
 """
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -95,11 +96,11 @@ class Work:
     def part(self, key: str, compute: Callable[[], T]) -> T:
         """`compute()`, which gives plain JSON data, or what it gave when the same command ran before.
 
-        `key` names the part; it is a file name, so letters, digits, '-', '.' and '_' only.
+        `key` names the part; what is no letter, digit, '-', '.' or '_' becomes '-' in its file's name.
         """
         if key in self._asked:
             return self._asked[key]
-        path = self.folder / "parts" / f"{key}.json"
+        path = self.folder / "parts" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', key)}.json"
         if path.exists():
             kept = json.loads(path.read_text(encoding="utf-8"))
             self.seconds += kept["seconds"]

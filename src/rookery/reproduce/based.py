@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from rookery.data.recall import Recall
 from rookery.registry import configure
-from rookery.reproduce.arms import Arm, Fit, fit, parameters, searched
+from rookery.reproduce.arms import Arm, Fit, all_searched, fit, parameters
 from rookery.reproduce.base import Outcome, Reproduction, Work
 from rookery.reproduce.report import mean_spread
 
@@ -63,18 +63,7 @@ def experiment(work: Work) -> Outcome:
     )
     rates = work.size(quick=(1e-2,), default=(1e-2,), full=(3e-3, 1e-2, 2e-2))
     contenders = arms()
-    work.planned = len(contenders) * (len(SEEDS) + len(rates) - 1)
-    found = {
-        arm.name: searched(
-            work,
-            arm,
-            rates=rates,
-            seeds=SEEDS,
-            train=lambda arm, seed, rate: measure(arm, seed, replace(how, lr=rate), work),
-            score=lambda part: part["curve"][-1][1] - part["curve"][-1][0] * 1e-9,  # among equals, the quickest
-        )
-        for arm in contenders
-    }
+    found = all_searched(work, contenders, how=how, rates=rates, seeds=SEEDS, measure=measure)
     table = [row(arm, found[arm.name][1]) for arm in contenders]
     shown, findings = judge(table)
     return Outcome(

@@ -189,15 +189,15 @@ def experiment(work: Work) -> Outcome:
     work.planned = len(SEEDS) * (len(readers) + len(recallers))
     read, recalled = {}, {}
     for arm in readers:
-        key = arm.name.replace(" ", "-").replace(":", "-")
         read[arm.name] = [
-            work.part(f"text-{key}-{s}", lambda a=arm, s=s: learn_text(a.create(s), data, s, reading, work.say))
+            work.part(f"text-{arm.name}-{s}", lambda a=arm, s=s: learn_text(a.create(s), data, s, reading, work.say))
             for s in SEEDS
         ]
     for arm in recallers:
-        key = arm.name.replace(" ", "-").replace(":", "-")
         recalled[arm.name] = [
-            work.part(f"recall-{key}-{s}", lambda a=arm, s=s: fit(a.create(s), lambda step: TASK, s, recall, work.say))
+            work.part(
+                f"recall-{arm.name}-{s}", lambda a=arm, s=s: fit(a.create(s), lambda step: TASK, s, recall, work.say)
+            )
             for s in SEEDS
         ]
     table = [row(arm, read.get(arm.name, []), recalled[arm.name]) for arm in recallers]

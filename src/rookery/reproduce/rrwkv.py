@@ -112,9 +112,8 @@ def experiment(work: Work) -> Outcome:
         ]
     curves: dict[str, list[list[tuple[int, float]]]] = {}
     for arm in contenders:
-        key = arm.name.replace(" ", "-")
         curves[arm.name] = [
-            work.part(f"delay-{key}-{s}", lambda a=arm, s=s: fit(a.create(s), lambda step: task, s, how, work.say))
+            work.part(f"delay-{arm.name}-{s}", lambda a=arm, s=s: fit(a.create(s), lambda step: task, s, how, work.say))
             for s in SEEDS
         ]
     table = [row(arm, curves[arm.name], seen) for arm in contenders]

@@ -101,8 +101,8 @@ def experiment(work: Work) -> Outcome:
     by_arm: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in contenders}
     for seed in SEEDS:
         for arm in contenders:
-            key = f"{arm.name}-{seed}".replace(", ", "-").replace(" ", "-")
-            by_arm[arm.name].append(work.part(key, lambda a=arm, s=seed: measure(a, s, how, work)))
+            part = work.part(f"{arm.name}-{seed}", lambda a=arm, s=seed: measure(a, s, how, work))
+            by_arm[arm.name].append(part)
     table = [row(arm, by_arm[arm.name]) for arm in contenders]
     shown, findings = judge(table)
     return Outcome(

@@ -168,8 +168,7 @@ def experiment(work: Work) -> Outcome:
     for seed in SEEDS:
         base = pretrained(work, seed, pretraining)
         for tuning in tunings:
-            key = f"{tuning.name}-{seed}".replace(" ", "-").replace("=", "is").replace(",", "")
-            part = work.part(key, lambda b=base, t=tuning, s=seed: measure(work, b, t, s, steps))
+            part = work.part(f"{tuning.name}-{seed}", lambda b=base, t=tuning, s=seed: measure(work, b, t, s, steps))
             found[tuning.name].append(part)
     table = [row(tuning, found[tuning.name], steps, pretraining) for tuning in tunings]
     shown, findings = judge(table)

@@ -100,13 +100,12 @@ def experiment(work: Work) -> Outcome:
     work.planned = 2 * len(SEEDS) * len(names)
     recall, track = {}, {}
     for one, other in zip(arms(RECALL.vocab_size), arms(WordProblem(points=POINTS).vocab_size), strict=True):
-        key = one.name.replace(" ", "-")
         recall[one.name] = [
-            work.part(f"recall-{key}-{seed}", lambda a=one, s=seed: measure_recall(a, s, recalling, work))
+            work.part(f"recall-{one.name}-{seed}", lambda a=one, s=seed: measure_recall(a, s, recalling, work))
             for seed in SEEDS
         ]
         track[one.name] = [
-            work.part(f"track-{key}-{seed}", lambda a=other, s=seed: measure_tracking(a, s, tracking, work))
+            work.part(f"track-{one.name}-{seed}", lambda a=other, s=seed: measure_tracking(a, s, tracking, work))
             for seed in SEEDS
         ]
     table = [row(name, recall[name], track[name]) for name in names]
