@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.training import assert_resumes_exactly
 
 from rookery.checkpoints import open_checkpoint
 from rookery.data.images import drawn_shapes, save_image
@@ -58,22 +59,7 @@ def test_a_resumed_run_is_exact(config, tmp_path):
     config = overlay(config, {"steps": 6, "overrides": {"drop_path": 0.3}})
     train(config)
     half = overlay(config, {"out": str(tmp_path / "half")})
-    stop = ContrastiveTask.after_step
-    try:
-
-        def interrupted(self):
-            stop(self)
-            if self.step == 6:
-                raise KeyboardInterrupt
-
-        ContrastiveTask.after_step = interrupted
-        with pytest.raises(KeyboardInterrupt):
-            train(half)
-    finally:
-        ContrastiveTask.after_step = stop
-    train(half)
-    whole, resumed = (load(f"{c.out}/model.safetensors").state_dict() for c in (config, half))
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert_resumes_exactly(config, half, ContrastiveTask, step=6)
 
 
 def test_the_scale_is_held_between_1_and_100(config):

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from support.training import assert_resumes_exactly
 
 from rookery.forecasting.pipeline import ForecastPipeline
-from rookery.models import load
 from rookery.recipes import recipe
 from rookery.train.config import overlay
 from rookery.train.loop import train
@@ -50,21 +49,7 @@ def test_a_recipe_trains_a_forecaster_that_can_be_used(config):
 def test_a_resumed_run_is_exact_with_dropout(config, tmp_path):
     train(config)
     half = overlay(config, {"out": str(tmp_path / "half"), "steps": 10})
-    stop = ForecastTask.after_step
-    try:
-
-        def interrupted(self):
-            if self.step == 6:
-                raise KeyboardInterrupt
-
-        ForecastTask.after_step = interrupted
-        with pytest.raises(KeyboardInterrupt):
-            train(half)
-    finally:
-        ForecastTask.after_step = stop
-    train(half)
-    whole, resumed = (load(f"{c.out}/model.safetensors").state_dict() for c in (config, half))
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert_resumes_exactly(config, half, ForecastTask, step=6)
 
 
 def test_every_window_comes_once_in_a_pass(config):

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.training import assert_resumes_exactly
 
 from rookery.data.augment import Augment
 from rookery.data.images import drawn_shapes
@@ -66,22 +67,7 @@ def test_a_resumed_run_is_exact_with_augmentation_and_stochastic_depth(config, t
     config = overlay(config, changes)
     train(config)
     half = overlay(config, {"out": str(tmp_path / "half"), "data": {"workers": 2}})
-    stop = ImageTask.after_step
-    try:
-
-        def interrupted(self):
-            if self.step == 5:
-                raise KeyboardInterrupt
-
-        ImageTask.after_step = interrupted
-        with pytest.raises(KeyboardInterrupt):
-            train(half)
-    finally:
-        ImageTask.after_step = stop
-    half = overlay(half, {"data": {"workers": 2}})
-    train(half)
-    whole, resumed = (load(f"{c.out}/model.safetensors").state_dict() for c in (config, half))
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert_resumes_exactly(config, half, ImageTask, step=5)
 
 
 def test_parts_of_a_batch_add_up_to_it(config):
