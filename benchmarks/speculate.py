@@ -18,8 +18,9 @@ from decode import model_or_random
 from support import Machine, interleaved, report
 
 from rookery import LLM
-from rookery.engine.session import Order, Session
+from rookery.engine.session import Session
 from rookery.engine.speculate import DraftModel
+from rookery.engine.stream import Order
 from rookery.families import rwkv7
 
 PROMPTS = {

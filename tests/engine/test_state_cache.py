@@ -3,7 +3,7 @@ import pytest
 from support.engine import Read, Remembering
 
 from rookery.engine.llm import LLM
-from rookery.engine.session import Position
+from rookery.engine.position import Position
 from rookery.engine.state_cache import EVERY, StateCache, common, read_prompt
 from rookery.errors import BadState
 

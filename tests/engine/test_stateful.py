@@ -10,8 +10,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from support.engine import Read, Remembering
 
 from rookery.engine.llm import LLM
+from rookery.engine.position import Position
 from rookery.engine.scheduler import Scheduler
-from rookery.engine.session import Position
 from rookery.engine.state_cache import StateCache
 
 VOCAB = 6

@@ -25,7 +25,8 @@ from rookery.cli.options import (
 
 if TYPE_CHECKING:
     from rookery.engine.llm import LLM
-    from rookery.engine.session import Session, TextStream
+    from rookery.engine.session import Session
+    from rookery.engine.stream import TextStream
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rookery.engine.position import Position
 from rookery.engine.sampling import log_softmax
-from rookery.engine.session import Position, Session
+from rookery.engine.session import Session
 
 if TYPE_CHECKING:
     from rookery.engine.llm import LLM

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from rookery.engine.session import CHUNK, Session, position_of, write_position
+from rookery.engine.position import position_of, write_position
+from rookery.engine.session import CHUNK, Session
 from rookery.errors import BadState
 
 if TYPE_CHECKING:

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from rookery.engine.session import RECENT, Order, Position, Session, TextStream, TokenStream
+from rookery.engine.position import RECENT, Position
+from rookery.engine.session import Session
 from rookery.engine.state_cache import StateCache, common, cuts_of
+from rookery.engine.stream import Order, TextStream, TokenStream
 
 if TYPE_CHECKING:
     from rookery.engine.llm import LLM

@@ -19,8 +19,10 @@ from rookery.engine.sampling import Sampler
 
 if TYPE_CHECKING:
     from rookery.engine.llm import LLM
+    from rookery.engine.position import Position
     from rookery.engine.runners.protocol import RowState
-    from rookery.engine.session import Order, Position, Session
+    from rookery.engine.session import Session
+    from rookery.engine.stream import Order
 
 REREAD = 8
 """As many tokens that came are read again with the next guesses; more are read once and for all."""

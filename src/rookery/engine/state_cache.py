@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from rookery.engine.session import Position, Session, read_position, write_position
+from rookery.engine.position import Position, read_position, write_position
+from rookery.engine.session import Session
 from rookery.errors import BadState
 
 if TYPE_CHECKING:
