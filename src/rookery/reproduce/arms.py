@@ -79,7 +79,7 @@ class Trained:
 
 def train_on_text(work: Work, arm: Arm, seed: int, config: TrainConfig) -> Trained:
     """Trains `arm` as `config` says, in a folder of its own below `work.folder`; goes on where it was interrupted."""
-    out = work.folder / "runs" / f"{arm.name}-{seed}"
+    out = work.folder / "runs" / f"{arm.name}-{seed}-{config.optim.lr:g}"
     chosen = {"model": arm.model or arm.name, "overrides": dict(arm.overrides), "seed": seed, "out": str(out)}
     config = TrainConfig(**{f.name: getattr(config, f.name) for f in fields(config)} | chosen)
     work.say(f"{arm.name}, seed {seed}")
