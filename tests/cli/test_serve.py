@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from rookery.checkpoints.tuned_state import save_tuned_state
 from rookery.cli.main import main
 from rookery.cli.serve import swapped
 from rookery.engine.llm import LLM
@@ -52,5 +53,31 @@ def test_adapters_are_served_beside_their_base(model_path, tmp_path):
         for logits in found[name]:
             np.testing.assert_allclose(logits, expected[name], rtol=1e-3, atol=1e-3)
     assert served["a"].generate("hello", max_tokens=2, temperature=0.0) is not None
-    with pytest.raises(ValueError, match="--swap takes NAME=FILE, got 'x'"):
-        swapped(argparse.Namespace(swap=["x"], adapter_alpha=None, template=None), base)
+    for swap, reason in ((["x"], "takes NAME=FILE, got 'x'"), (["x=a", "x=b"], "names 'x' twice")):
+        with pytest.raises(ValueError, match=f"--swap {reason}"):
+            swapped(argparse.Namespace(swap=swap, adapter_alpha=None, template=None), base)
+
+
+def test_tuned_states_are_served_beside_their_base_without_torch(model_path, tmp_path):
+    base = LLM(model_path)
+    shape = base.runner.config.wkv_shape
+    for name, value in (("a", 0.5), ("b", -0.5)):
+        state = {f"layers.{i}.wkv": np.full(shape, value) for i in range(base.runner.config.num_hidden_layers)}
+        save_tuned_state(tmp_path / f"{name}.pth", state, base.runner.config)
+    served = swapped(argparse.Namespace(swap=[f"{name}={tmp_path / name}.pth" for name in "ab"]), base)
+    assert list(served) == ["a", "b"]
+    for name, llm in served.items():
+        assert llm.runner is base.runner
+        session = base.session(tmp_path / f"{name}.pth")
+        session.feed([1, 2, 3])
+        np.testing.assert_array_equal(llm.logits([1, 2, 3])[-1], session._at.logits)
+    assert not np.array_equal(served["a"].logits([1]), base.logits([1]))
+
+
+def test_a_name_is_served_once(cli, tmp_path, model_path):
+    config = LLM(model_path).runner.config
+    state = {f"layers.{i}.wkv": np.ones(config.wkv_shape) for i in range(config.num_hidden_layers)}
+    save_tuned_state(tmp_path / "s.pth", state, config)
+    code, _, err = cli("serve", model_path, "--name", "m", "--swap", f"m={tmp_path / 's.pth'}")
+    assert code == 1
+    assert "--swap names 'm', which a model has already" in err

@@ -8,10 +8,12 @@ import torch
 from support.engine import Remembering, scripted
 from support.language import names, randomised
 
+from rookery.checkpoints.tuned_state import save_tuned_state
 from rookery.engine.llm import LLM
 from rookery.engine.runners.torch import TorchRunner
 from rookery.engine.scheduler import Scheduler
 from rookery.engine.state_cache import StateCache
+from rookery.errors import BadState
 from rookery.models import save_model
 
 DRAWN = {"top_p": 1.0, "ignore_eos": True}
@@ -308,3 +310,28 @@ def test_nobody_waits_for_a_scheduler_that_failed(native, monkeypatch, caplog):
         monkeypatch.undo()
         assert len(list(scheduler.submit([1], 3, tokens=True, seed=1, **DRAWN))) == 3
     assert "the scheduler failed; all its requests end" in caplog.text
+
+
+def test_texts_from_several_starts_share_batches_and_no_prefixes(native, tmp_path):
+    config = native.runner.config
+    starts = [native]
+    for value in (0.3, -0.3):
+        state = {f"layers.{i}.wkv": np.full(config.wkv_shape, value) for i in range(config.num_hidden_layers)}
+        save_tuned_state(tmp_path / "start.pth", state, config)
+        starts.append(native.starting_from(tmp_path / "start.pth"))
+    scheduler = Scheduler(native, cache=StateCache())
+    caches = [scheduler.cache, StateCache(), StateCache()]
+    prompt = list(range(1, 40))
+    for turn in range(2):
+        texts = [
+            scheduler.submit(prompt, 6, llm=llm, cache=cache, tokens=True, seed=7, **DRAWN)
+            for llm, cache in zip(starts, caches)
+        ]
+        scheduler.run()
+        assert [list(text) for text in texts] == [alone(llm, prompt, 6, seed=7, **DRAWN) for llm in starts]
+        assert [text.cached for text in texts] == [0 if turn == 0 else len(prompt)] * 3
+    assert scheduler.counts["ticks"] < 3 * 12
+    with pytest.raises(ValueError, match="runs another model"):
+        scheduler.submit(prompt, 6, llm=LLM.from_runner(TorchRunner(randomised("rwkv7-test"))))
+    with pytest.raises(BadState, match="holds no tuned state"):
+        native.starting_from(native.path)

@@ -3,8 +3,10 @@
 import asyncio
 import json
 
+import numpy as np
 import pytest
 
+from rookery.checkpoints.tuned_state import save_tuned_state
 from rookery.serve.hosting import Limits
 from rookery.serve.prompts import call_grammar
 
@@ -322,5 +324,39 @@ def test_a_model_that_cannot_converse_says_what_to_use(make):
             reply = await client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]})
             assert reply.status_code == 400
             assert "use /v1/completions" in reply.json()["error"]["message"]
+
+    run(ask())
+
+
+@pytest.fixture
+def pirate(llm, tmp_path):
+    """A tuned state of the model."""
+    config = llm.runner.config
+    draw = np.random.default_rng(0)
+    state = {f"layers.{i}.wkv": draw.normal(size=config.wkv_shape) for i in range(config.num_hidden_layers)}
+    save_tuned_state(tmp_path / "pirate.safetensors", state, config)
+    return tmp_path / "pirate.safetensors"
+
+
+def test_a_tuned_state_is_a_model_of_its_name(make, llm, pirate):
+    models = {"tiny": llm, "pirate": llm.starting_from(pirate)}
+
+    async def ask():
+        async with make(models=models, parents={"pirate": "tiny"}) as client:
+            listed = {model["id"]: model["parent"] for model in (await client.get("/v1/models")).json()["data"]}
+            assert listed == {"tiny": None, "pirate": "tiny"}
+            body = {"prompt": ONCE, "seed": 1, "max_tokens": 12}
+            replies = await asyncio.gather(*(client.post("/v1/completions", json=body | {"model": m}) for m in models))
+            session = llm.session(pirate)
+            session.feed(ONCE)
+            want = [llm.generate(ONCE, 12, seed=1), session.generate(12, seed=1)]
+            assert [reply.json()["choices"][0]["text"] for reply in replies] == want
+            assert want[0] != want[1]
+            # one batch for both: the metrics know one scheduler
+            assert (await client.get("/metrics")).text.count('where="active"') == 1
+            # and without a restart: the file as a kept state
+            id = (await client.post("/v1/states/import", content=pirate.read_bytes())).json()["id"]
+            text = (await client.post("/v1/completions", json=body | {"state": id})).json()["choices"][0]["text"]
+            assert text == want[1]
 
     run(ask())

@@ -6,6 +6,7 @@ Answers are made side by side. SIGTERM and Ctrl-C let open ones end first.
 import argparse
 import logging
 import sys
+from collections import Counter
 from typing import Any
 
 from rookery.cli.options import add_model, load_llm
@@ -17,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=8000, help="(%(default)s)")
     parser.add_argument("--name", action="append", default=[], help="name of a model, in their order (its file's)")
     parser.add_argument(
-        "--swap", action="append", default=[], metavar="NAME=FILE", help="an adapter of the first model, on its weights"
+        "--swap", action="append", default=[], metavar="NAME=FILE", help="adapter or tuned state of the first model"
     )
     parser.add_argument("--template", metavar="NAME", help="form of conversation: g1, world, raven (by file name)")
     parser.add_argument("--keys", metavar="FILE", help="API keys that are let in; `--new-key` makes one")
@@ -64,7 +65,11 @@ def run(given: argparse.Namespace) -> int:
     for name, path in zip(names, paths):
         print(f"loading {name}", file=sys.stderr)
         models[name] = load_llm(argparse.Namespace(**{**vars(given), "model": path}), given.template, preload=True)
-    models |= swapped(given, next(iter(models.values())))
+    parent, first = next(iter(models.items()))
+    swaps = swapped(given, first)
+    if taken := [name for name in swaps if name in models]:
+        raise ValueError(f"--swap names {taken[0]!r}, which a model has already; give another name")
+    models |= swaps
     limits = Limits(
         rows=given.rows,
         queue=given.queue,
@@ -75,7 +80,7 @@ def run(given: argparse.Namespace) -> int:
         expiry=given.expiry,
     )
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    app = create_app(models, limits=limits, keys=keys, origins=given.cors)
+    app = create_app(models, limits=limits, keys=keys, parents=dict.fromkeys(swaps, parent), origins=given.cors)
     if given.host not in ("127.0.0.1", "localhost", "::1") and keys is None:
         print("everybody who reaches this address may use the server: consider --keys", file=sys.stderr)
     print(f"http://{given.host}:{given.port} serves {', '.join(models)}; Ctrl-C ends it", file=sys.stderr)
@@ -84,12 +89,26 @@ def run(given: argparse.Namespace) -> int:
 
 
 def swapped(given: argparse.Namespace, first: Any) -> dict[str, Any]:
-    """Adapters of the first model by name: each answers as the merged model would, and all share its weights."""
+    """Adapters and tuned states of the first model by name; all share its weights.
+
+    An adapter answers as the merged model would, a tuned state is where its texts start.
+    """
     pairs = [swap.partition("=") for swap in given.swap]
     if wrong := next((swap for swap, pair in zip(given.swap, pairs) if not all(pair)), None):
         raise ValueError(f"--swap takes NAME=FILE, got {wrong!r}")
-    if not pairs:
-        return {}
+    if twice := next((name for name, count in Counter(name for name, _, _ in pairs).items() if count > 1), None):
+        raise ValueError(f"--swap names {twice!r} twice; give each file a name of its own")
+    from rookery.checkpoints.hub import local
+    from rookery.checkpoints.tuned_state import find_tuned_state
+
+    states = {name: file for name, _, file in pairs if find_tuned_state(local(file))}
+    adapters = {name: file for name, _, file in pairs if name not in states}
+    found = {name: first.starting_from(file) for name, file in states.items()}
+    return found | (adapted(given, adapters, first) if adapters else {})
+
+
+def adapted(given: argparse.Namespace, files: dict[str, str], first: Any) -> dict[str, Any]:
+    """Adapters of the first model by name."""
     from rookery.adapt.hot_swap import HotAdapters
     from rookery.engine.llm import LLM
     from rookery.engine.runners.torch import TorchRunner
@@ -99,7 +118,7 @@ def swapped(given: argparse.Namespace, first: Any) -> dict[str, Any]:
         print("adapters are swapped in torch: the model is held there, too", file=sys.stderr)
         runner = TorchRunner.load(first.path)
     adapters = HotAdapters(runner.model)
-    for name, _, file in pairs:
+    for name, file in files.items():
         adapters.load(name, file, alpha=given.adapter_alpha)
     how = {"tokenizer": first.tokenizer, "template": given.template}
-    return {name: LLM.from_runner(adapters.runner(name), **how) for name, _, _ in pairs}
+    return {name: LLM.from_runner(adapters.runner(name), **how) for name in files}

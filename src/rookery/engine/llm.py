@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import operator
 import os
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rookery.checkpoints import hub
 from rookery.checkpoints.pack import FORMATS
 from rookery.engine.session import CHUNK, END_OF_TEXT, Session
 from rookery.errors import BackendUnavailable, BadCheckpoint, BadTokenizer, MissingDependency, UnknownName
@@ -19,6 +21,7 @@ from rookery.registry import families
 
 if TYPE_CHECKING:
     from rookery.checkpoints.checkpoint import Checkpoint
+    from rookery.checkpoints.tuned_state import TunedState
     from rookery.engine.beam import Beam
     from rookery.engine.grammar import Guide
     from rookery.engine.runners.protocol import RowState, Runner
@@ -219,6 +222,19 @@ class LLM:
         """
         return Session(self) if state is None else Session.load(self, state)
 
+    def starting_from(self, state: str | os.PathLike[str]) -> LLM:
+        """The same model on the same weights, whose texts all start from the tuned state in a file.
+
+        It has no cache yet, since a prefix leads elsewhere from here. BadState where the file holds no tuned state, or
+        that of another model.
+        """
+        from rookery.checkpoints.tuned_state import read_tuned_state
+
+        llm = copy.copy(self)
+        llm.cache = None
+        llm._start = onto_fresh(read_tuned_state(hub.local(state)), self.runner)
+        return llm
+
     def fresh_state(self) -> RowState:
         """The state before the first token: zeros, or the tuned state in the model's file."""
         if self._start is None:
@@ -297,9 +313,13 @@ def _start(checkpoint: Checkpoint, runner: Runner) -> Mapping[str, np.ndarray] |
     if tuned is None:
         return None
     log.info("%s carries a tuned state; texts start from it", checkpoint.path)
-    return tuned.onto(
-        runner.init_state().tensors(), family=runner.family, config=runner.config, model=runner.fingerprint()
-    )
+    return onto_fresh(tuned, runner)
+
+
+def onto_fresh(tuned: TunedState, runner: Runner) -> Mapping[str, np.ndarray]:
+    """Arrays of the runner's fresh state with those of a tuned one in their place."""
+    fresh = runner.init_state().tensors()
+    return tuned.onto(fresh, family=runner.family, config=runner.config, model=runner.fingerprint())
 
 
 def _runner(

@@ -42,9 +42,16 @@ class Generation:
     """
 
     def __init__(
-        self, scheduler: Scheduler, prompt: list[int], order: Order, session: Session | None, notify: Callable | None
+        self,
+        scheduler: Scheduler,
+        llm: LLM,
+        prompt: list[int],
+        order: Order,
+        session: Session | None,
+        cache: StateCache | None,
+        notify: Callable | None,
     ) -> None:
-        self.order, self.prompt = order, prompt
+        self.llm, self.order, self.prompt, self.cache = llm, order, prompt, cache
         self.session = session
         """Stands at the end of the text when all is done, to be saved, forked or continued; None before it is begun."""
         self.cached = 0
@@ -171,6 +178,8 @@ class Scheduler:
         max_tokens: int = 256,
         *,
         session: Session | None = None,
+        llm: LLM | None = None,
+        cache: StateCache | None = None,
         tokens: bool = False,
         stop: str | Sequence[str] = (),
         notify: Callable[[Generation], None] | None = None,
@@ -178,18 +187,27 @@ class Scheduler:
     ) -> Generation:
         """Asks for the text that follows `prompt`; `options` are those of `Session.stream`, and wrong ones raise here.
 
-        `session` is continued instead of a new one; nobody else may use it until the request is done. With `tokens` the
-        pieces are token ids. `notify` is called on the scheduler's thread when a piece is there, and at the end.
+        `session` is continued instead of a new one; nobody else may use it until the request is done. `llm` is another
+        start on the same weights (`LLM.starting_from`), `cache` what keeps its prefixes. With `tokens` the pieces are
+        token ids.
+        `notify` is called on the scheduler's thread when a piece is there, and at the end.
         """
+        llm = llm or self.llm
+        if llm.runner is not self.llm.runner:
+            raise ValueError("this scheduler runs another model; give the text to that model's own scheduler")
         stops = None if tokens else (stop,) if isinstance(stop, str) else tuple(stop)
-        order = Order.of(self.llm, max_tokens, stop=stops, **options)
+        order = Order.of(llm, max_tokens, stop=stops, **options)
         order = replace(order, speculate=None)  # a batch has no time to lose on guesses; the text is the same
-        ids = self.llm.tokens_of(prompt)
+        ids = llm.tokens_of(prompt)
         if session is not None:
             session._end_stream()
         if not ids and (session is None or (session._at.logits is None and not session._at.unread)):
             raise ValueError("there is nothing to go on from: give a prompt, or token 0 for a text from nowhere")
-        generation = Generation(self, ids, order, session, notify)
+        if cache is None:
+            cache = self.cache if llm is self.llm else llm.cache
+        if cache is not None:
+            cache.bind(llm.runner)
+        generation = Generation(self, llm, ids, order, session, cache, notify)
         with self._changed:
             if self._stopping:
                 raise RuntimeError("the scheduler has stopped; no request is taken any more")
@@ -323,18 +341,21 @@ class Scheduler:
         """Makes the session of a request whose prompt is to be read; False if it waits for another's state."""
         if generation.session is not None:
             return True
-        if self.cache is None:
-            generation.session = Session(self.llm)
+        llm, cache = generation.llm, generation.cache
+        if cache is None:
+            generation.session = Session(llm)
             return True
         prompt = np.asarray(generation.prompt)
-        if any(other._fresh and common(prompt, other.prompt) >= WORTH_WAITING for other in reading):
+        alike = [other for other in reading if other._fresh and other.cache is cache]
+        if any(common(prompt, other.prompt) >= WORTH_WAITING for other in alike):
             return False
-        hit = self.cache.find(generation.prompt)
-        generation.session = Session(self.llm, hit.position)
+        hit = cache.find(generation.prompt)
+        generation.session = Session(llm, hit.position)
         generation._read = generation.cached = hit.length
         self.counts["cached_tokens"] += hit.length
         cuts = {*cuts_of(generation.prompt, hit)}
-        others = [g for g in (*self._active, *list(self._waiting)[:LOOK_AHEAD]) if g.session is None and g._fresh]
+        others = [*self._active, *list(self._waiting)[:LOOK_AHEAD]]
+        others = [other for other in others if other.session is None and other._fresh and other.cache is cache]
         shared = (common(prompt, other.prompt) for other in others[:LOOK_AHEAD])
         cuts |= {length for length in shared if length >= WORTH_WAITING and length > hit.length}
         generation._cuts = sorted(cuts)
@@ -357,7 +378,7 @@ class Scheduler:
                 at.logits = row[-1].copy()
             if generation._cuts and generation._cuts[0] == generation._read:
                 del generation._cuts[0]
-                self.cache.keep(generation.prompt[: generation._read], at)
+                generation.cache.keep(generation.prompt[: generation._read], at)
 
     def _write(self, generation: Generation) -> None:
         """Samples the next token of one text and tells what can be shown."""
@@ -380,13 +401,13 @@ class Scheduler:
 
     def _keep_turn(self, generation: Generation) -> None:
         """Keeps the state at the end of a text: the next turn of a conversation begins with both."""
-        if self.cache is None or not generation._fresh:
+        if generation.cache is None or not generation._fresh:
             return
         at = generation.session._at
         # the last token may be unread, and what a stop string took back is not in the state
         told = [*generation.prompt, *generation.tokens][: at.state.tokens_seen]
         if len(told) > len(generation.prompt):
-            self.cache.keep(told, Position(at.state, at.logits, recent=tuple(told[-RECENT:])))
+            generation.cache.keep(told, Position(at.state, at.logits, recent=tuple(told[-RECENT:])))
 
     @staticmethod
     def _say(generation: Generation, piece: str | int | None) -> None:

@@ -27,23 +27,23 @@ def create_app(
     *,
     limits: Limits | None = None,
     keys: Keys | None = None,
+    parents: Mapping[str, str] | None = None,
     origins: Sequence[str] = (),
 ) -> FastAPI:
     """The server of `models` (name -> LLM), as an ASGI application: `uvicorn.run(create_app({"m": LLM()}))`.
 
-    With `keys` every route but the page and /health asks for one. `origins` are those of web pages on other hosts that
-    may use the server (CORS).
+    With `keys` every route but the page and /health asks for one. `parents` says which of the models are adapters or
+    tuned states of which. `origins` are those of web pages on other hosts that may use the server (CORS).
     """
     limits = limits or Limits()
-    hosted = {name: Hosted(name, llm, limits) for name, llm in models.items()}
-    if not hosted:
-        raise ValueError("a server needs at least one model")
+    hosted = hosting(models, limits, parents or {})
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with contextlib.ExitStack() as schedulers:
             for model in hosted.values():
-                schedulers.enter_context(model.scheduler)
+                if not model.shares:
+                    schedulers.enter_context(model.scheduler)
             yield
             app.state.draining = True
 
@@ -64,6 +64,17 @@ def create_app(
 
         app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
     return app
+
+
+def hosting(models: Mapping[str, LLM], limits: Limits, parents: Mapping[str, str]) -> dict[str, Hosted]:
+    """The models by name; those that run on the same weights get one scheduler."""
+    if not models:
+        raise ValueError("a server needs at least one model")
+    hosted: dict[str, Hosted] = {}
+    for name, llm in models.items():
+        same = (other.scheduler for other in hosted.values() if other.llm.runner is llm.runner)
+        hosted[name] = Hosted(name, llm, limits, scheduler=next(same, None), parent=parents.get(name))
+    return hosted
 
 
 POLICY = "; ".join(

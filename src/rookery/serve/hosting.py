@@ -33,12 +33,17 @@ class Limits(NamedTuple):
 
 
 class Hosted:
-    """One model of the server."""
+    """One model of the server. Models on the same weights share one scheduler, and so their batches."""
 
-    def __init__(self, name: str, llm: LLM, limits: Limits, cache: StateCache | None = None) -> None:
+    def __init__(
+        self, name: str, llm: LLM, limits: Limits, *, scheduler: Scheduler | None = None, parent: str | None = None
+    ) -> None:
         self.name, self.llm, self.limits = name, llm, limits
-        self.cache = cache or StateCache()
-        self.scheduler = Scheduler(llm, rows=limits.rows, cache=self.cache)
+        self.parent = parent
+        """Name of the model whose weights it takes, where it is an adapter or a tuned state."""
+        self.cache = StateCache()
+        self.shares = scheduler is not None
+        self.scheduler = scheduler or Scheduler(llm, rows=limits.rows, cache=self.cache)
         self.states = StateStore(llm, limits.states, limits.expiry)
 
     @property
@@ -61,7 +66,13 @@ class Hosted:
 
         try:
             generation = self.scheduler.submit(
-                prompt, min(max_tokens, self.limits.max_tokens), session=session, notify=notify, **options
+                prompt,
+                min(max_tokens, self.limits.max_tokens),
+                session=session,
+                llm=self.llm,
+                cache=self.cache,
+                notify=notify,
+                **options,
             )
         except (ValueError, TypeError) as wrong:
             raise ApiError(400, str(wrong)) from None

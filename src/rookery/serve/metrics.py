@@ -36,9 +36,11 @@ class _Engine(Collector):
         rows = GaugeMetricFamily("rookery_texts", "Texts being written and waiting", labels=["model", "where"])
         states = GaugeMetricFamily("rookery_kept_states_bytes", "Bytes of kept states", labels=["model"])
         for name, model in self.models.items():
+            states.add_metric([name], model.states.nbytes)
+            if model.shares:  # its scheduler is told of under the first model's name
+                continue
             for what, count in model.scheduler.counts.items():
                 counts.add_metric([name, what], count)
             for where, number in zip(("active", "waiting"), model.scheduler.load):
                 rows.add_metric([name, where], number)
-            states.add_metric([name], model.states.nbytes)
         return [counts, rows, states]

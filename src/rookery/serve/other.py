@@ -43,6 +43,7 @@ def described(model: Hosted) -> dict[str, Any]:
         "object": "model",
         "created": 0,
         "owned_by": "rookery",
+        "parent": model.parent,
         "family": runner.family,
         "runner": runner.name,
         "chat": chats,
