@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import time
 
 import pytest
 
@@ -180,3 +182,79 @@ def test_limits_hold_for_states(make):
             assert reply.status_code == 507
 
     run(ask())
+
+
+# a folder
+
+
+def text_of(reply):
+    assert reply.status_code == 200, reply.text
+    return reply.json()["output"][0]["content"][0]["text"]
+
+
+def test_servers_that_share_a_folder_share_conversations(make, llm, tmp_path):
+    async def ask():
+        session = llm.session()
+        want = [session.say(text, 8, seed=seed) for seed, text in enumerate(("Hello", "More", "And then?"))]
+        body = {"max_output_tokens": 8, "input": "Hello", "seed": 0}
+        async with make(folder=tmp_path, place="anna0001") as first:
+            reply = await first.post("/v1/responses", json=body)
+            assert text_of(reply) == want[0]
+            ids = [reply.json()["id"]]
+            assert ids[0].startswith("resp_anna0001")
+        # the first is gone: two others go on, in turn, and one of them has room for nothing in memory
+        async with (
+            make(folder=tmp_path, place="ben00001") as second,
+            make(folder=tmp_path, limits=Limits(states=0)) as third,
+        ):
+            for client, text, seed in ((second, "More", 1), (third, "And then?", 2)):
+                body |= {"input": text, "seed": seed, "previous_response_id": ids[-1]}
+                reply = await client.post("/v1/responses", json=body)
+                assert text_of(reply) == want[seed]
+                ids.append(reply.json()["id"])
+            about = [(await c.get(f"/v1/states/{ids[-1]}")).json() for c in (second, third)]
+            for one in about:
+                assert (one["parent"], one["text"]) == (ids[1], want[2])
+            # what one forgets, all forget, also those that have it in memory
+            assert (await third.delete(f"/v1/states/{ids[1]}")).json()["deleted"]
+            assert (await second.get(f"/v1/states/{ids[1]}")).status_code == 404
+            assert (await second.get(f"/v1/responses/{ids[2]}")).json()["parent"] == ids[1]
+
+    run(ask())
+
+
+def test_files_expire_make_room_and_are_never_reached_by_a_path(llm, tmp_path):
+    store = StateStore(llm, 0, 60, folder=tmp_path / "kept")
+    ids = [store.keep(llm.session(), None, "").id for _ in range(3)]
+    assert len(store) == 0
+    files = [store._file(id) for id in ids]
+    size = files[0].stat().st_size
+    for age, file in zip((100, 20, 10), files):
+        os.utime(file, (time.time() - age,) * 2)
+    with pytest.raises(ApiError, match="no state"):
+        store.get(ids[0])
+    assert [file.exists() for file in files] == [False, True, True]
+    store.disk_budget = size
+    store.sweep()
+    assert [file.exists() for file in files] == [False, False, True]
+    (tmp_path / "secret.state").write_bytes(files[2].read_bytes())
+    for id in ("../secret", "state_../../secret", "..", "state_" + "0" * 24):
+        with pytest.raises(ApiError, match="no state"):
+            store.get(id)
+
+
+def test_an_unreadable_file_counts_as_no_state_and_stays(llm, tmp_path, caplog):
+    store = StateStore(llm, 0, 60, folder=tmp_path)
+    file = store._file(id := store.keep(llm.session(), None, "").id)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ApiError, match="no state"):
+        store.get(id)
+    assert file.exists()
+    assert "a kept state cannot be read" in caplog.text
+
+
+def test_no_id_is_told_of_a_state_that_could_not_be_written(llm, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    store = StateStore(llm, 0, 60, folder=tmp_path / "file")
+    with pytest.raises(ApiError, match="could not be kept"):
+        store.keep(llm.session(), None, "")

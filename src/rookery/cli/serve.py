@@ -33,6 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--timeout", type=float, default=600, metavar="S", help="of one answer, seconds (%(default)s)")
     group.add_argument("--max-body", type=int, default=8 << 20, metavar="BYTES", help="of a request (%(default)s)")
     group.add_argument("--states", type=int, default=256 << 20, metavar="BYTES", help="of kept states (%(default)s)")
+    group.add_argument(
+        "--state-folder", metavar="DIR", help="kept states are files there, which outlive the server (memory only)"
+    )
+    group.add_argument("--state-disk", type=int, default=16 << 30, metavar="BYTES", help="of that folder (%(default)s)")
     group.add_argument("--expiry", type=float, default=86400, metavar="S", help="of unused states (%(default)s)")
     group.add_argument("--drain", type=float, default=30, metavar="S", help="for open answers at the end (%(default)s)")
     add_model(parser)
@@ -77,10 +81,18 @@ def run(given: argparse.Namespace) -> int:
         seconds=given.timeout,
         body=given.max_body,
         states=given.states,
+        disk=given.state_disk,
         expiry=given.expiry,
     )
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    app = create_app(models, limits=limits, keys=keys, parents=dict.fromkeys(swaps, parent), origins=given.cors)
+    app = create_app(
+        models,
+        limits=limits,
+        keys=keys,
+        parents=dict.fromkeys(swaps, parent),
+        origins=given.cors,
+        folder=given.state_folder,
+    )
     if given.host not in ("127.0.0.1", "localhost", "::1") and keys is None:
         print("everybody who reaches this address may use the server: consider --keys", file=sys.stderr)
     print(f"http://{given.host}:{given.port} serves {', '.join(models)}; Ctrl-C ends it", file=sys.stderr)

@@ -168,14 +168,15 @@ class Session:
         self._kept = {length: at for length, at in self._kept.items() if length <= wanted}
         return wanted
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], extra: Mapping[str, np.ndarray] | None = None) -> None:
         """Writes everything the session needs to go on exactly; `LLM.session(state=path)` reads it.
 
-        Beside the state the file holds the logits that follow it, so that going on reads no token twice.
+        Beside the state the file holds the logits that follow it, so that going on reads no token twice, and `extra`
+        arrays, which `read_position` gives back.
         """
         at = self._shown()
         self._read(at)
-        write_position(path, at, self.llm.runner)
+        write_position(path, at, self.llm.runner, extra)
 
     @classmethod
     def load(cls, llm: LLM, path: str | os.PathLike[str]) -> Self:

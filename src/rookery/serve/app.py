@@ -1,6 +1,7 @@
 """Puts models, routes and limits together into one ASGI application."""
 
 import contextlib
+import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,18 @@ def create_app(
     keys: Keys | None = None,
     parents: Mapping[str, str] | None = None,
     origins: Sequence[str] = (),
+    folder: str | os.PathLike[str] | None = None,
+    place: str = "",
 ) -> FastAPI:
     """The server of `models` (name -> LLM), as an ASGI application: `uvicorn.run(create_app({"m": LLM()}))`.
 
     With `keys` every route but the page and /health asks for one. `parents` says which of the models are adapters or
-    tuned states of which. `origins` are those of web pages on other hosts that may use the server (CORS).
+    tuned states of which. `origins` are those of web pages on other hosts that may use the server (CORS). Kept states
+    are files in `folder`, which several servers may share; without one they are in memory only. `place` (lower-case
+    letters and digits) names this server in the ids that it makes.
     """
     limits = limits or Limits()
-    hosted = hosting(models, limits, parents or {})
+    hosted = hosting(models, limits, parents or {}, None if folder is None else Path(folder), place)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -49,6 +54,7 @@ def create_app(
 
     app = FastAPI(title="Rookery", version=__version__, description=__doc__, lifespan=lifespan)
     app.state.models, app.state.draining, app.state.metrics = hosted, False, Metrics(hosted)
+    app.state.place = place
     app.state.open = {}  # id of a streamed answer -> what writes it
     for module in (text, responses, other):
         app.include_router(module.routes)
@@ -66,14 +72,17 @@ def create_app(
     return app
 
 
-def hosting(models: Mapping[str, LLM], limits: Limits, parents: Mapping[str, str]) -> dict[str, Hosted]:
+def hosting(
+    models: Mapping[str, LLM], limits: Limits, parents: Mapping[str, str], folder: Path | None, place: str
+) -> dict[str, Hosted]:
     """The models by name; those that run on the same weights get one scheduler."""
     if not models:
         raise ValueError("a server needs at least one model")
     hosted: dict[str, Hosted] = {}
     for name, llm in models.items():
         same = (other.scheduler for other in hosted.values() if other.llm.runner is llm.runner)
-        hosted[name] = Hosted(name, llm, limits, scheduler=next(same, None), parent=parents.get(name))
+        shared = {"scheduler": next(same, None), "parent": parents.get(name)}
+        hosted[name] = Hosted(name, llm, limits, **shared, folder=folder, place=place)
     return hosted
 
 

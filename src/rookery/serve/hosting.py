@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from rookery.engine.llm import LLM
 from rookery.engine.scheduler import Generation, Scheduler
@@ -28,6 +30,8 @@ class Limits(NamedTuple):
     """Bytes of a request."""
     states: int = 256 << 20
     """Bytes of kept states in memory, for each model."""
+    disk: int = 16 << 30
+    """Bytes of kept states in the folder, for each model."""
     expiry: float = 24 * 3600.0
     """Seconds until a kept state that nobody uses is forgotten."""
 
@@ -36,7 +40,15 @@ class Hosted:
     """One model of the server. Models on the same weights share one scheduler, and so their batches."""
 
     def __init__(
-        self, name: str, llm: LLM, limits: Limits, *, scheduler: Scheduler | None = None, parent: str | None = None
+        self,
+        name: str,
+        llm: LLM,
+        limits: Limits,
+        *,
+        scheduler: Scheduler | None = None,
+        parent: str | None = None,
+        folder: Path | None = None,
+        place: str = "",
     ) -> None:
         self.name, self.llm, self.limits = name, llm, limits
         self.parent = parent
@@ -44,7 +56,8 @@ class Hosted:
         self.cache = StateCache()
         self.shares = scheduler is not None
         self.scheduler = scheduler or Scheduler(llm, rows=limits.rows, cache=self.cache)
-        self.states = StateStore(llm, limits.states, limits.expiry)
+        kept = None if folder is None else folder / quote(f"model {name}", safe="")  # one model does not see another's
+        self.states = StateStore(llm, limits.states, limits.expiry, folder=kept, disk_budget=limits.disk, place=place)
 
     @property
     def busy(self) -> bool:

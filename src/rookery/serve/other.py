@@ -14,7 +14,7 @@ from starlette.background import BackgroundTask
 from rookery.serve.hosting import Hosted
 from rookery.serve.schema import ApiError, Embeddings, NewState, Rewind
 from rookery.serve.states import picture
-from rookery.serve.text import hosted
+from rookery.serve.text import hosted, state_of
 
 routes = APIRouter(tags=["other"])
 
@@ -84,13 +84,15 @@ def _encoded(vector: np.ndarray, form: str) -> Any:
 async def new_state(asked: NewState, request: Request) -> dict[str, Any]:
     """Reads a text, from the beginning or from a kept state, and keeps where it ends."""
     model = hosted(request, asked.model)
-    session = model.states.get(asked.state).session.fork() if asked.state else model.llm.session()
+    before = await state_of(model, asked.state)
+    session = before.session.fork() if before else model.llm.session()
     try:
         await asyncio.to_thread(session.feed, asked.prompt)
     except ValueError as wrong:
         raise ApiError(400, str(wrong), param="prompt") from None
     text = asked.prompt if isinstance(asked.prompt, str) else ""
-    return model.states.keep(session, asked.state, text).about(model.states.expiry)
+    kept = await asyncio.to_thread(model.states.keep, session, asked.state, text)
+    return kept.about(model.states.expiry)
 
 
 @routes.get("/v1/states")
@@ -104,28 +106,29 @@ async def all_states(request: Request, model: str | None = None) -> dict[str, An
 async def one_state(id: str, request: Request, model: str | None = None) -> dict[str, Any]:
     """One kept state."""
     found = hosted(request, model).states
-    return found.get(id).about(found.expiry)
+    return (await asyncio.to_thread(found.get, id)).about(found.expiry)
 
 
 @routes.get("/v1/states/{id}/picture")
 async def state_picture(id: str, request: Request, model: str | None = None) -> dict[str, Any]:
     """Norms of the recurrent state, [layers][heads]."""
-    return {"norms": picture(hosted(request, model).states.get(id).session)}
+    kept = await asyncio.to_thread(hosted(request, model).states.get, id)
+    return {"norms": picture(kept.session)}
 
 
 @routes.post("/v1/states/{id}/fork")
 async def fork(id: str, request: Request, model: str | None = None) -> dict[str, Any]:
     """The same state under another id, with an expiry of its own."""
     found = hosted(request, model).states
-    kept = found.get(id)
-    return found.keep(kept.session, id, "").about(found.expiry)
+    kept = await asyncio.to_thread(found.get, id)
+    return (await asyncio.to_thread(found.keep, kept.session, id, "")).about(found.expiry)
 
 
 @routes.post("/v1/states/{id}/rewind")
 async def rewind(id: str, asked: Rewind, request: Request, model: str | None = None) -> dict[str, Any]:
     """The nearest ancestor that has read at most so many tokens."""
     found = hosted(request, model).states
-    return found.ancestor(id, asked.tokens_seen).about(found.expiry)
+    return (await asyncio.to_thread(found.ancestor, id, asked.tokens_seen)).about(found.expiry)
 
 
 @routes.get("/v1/states/{id}/file")
@@ -156,7 +159,7 @@ async def load_state(request: Request, model: str | None = None) -> dict[str, An
 @routes.delete("/v1/states/{id}")
 async def forget(id: str, request: Request, model: str | None = None) -> dict[str, Any]:
     """Forgets a state; those that came from it stay."""
-    hosted(request, model).states.remove(id)
+    await asyncio.to_thread(hosted(request, model).states.remove, id)
     return {"id": id, "object": "state", "deleted": True}
 
 

@@ -1,7 +1,7 @@
 """POST /v1/responses: conversations that the server remembers. `previous_response_id` is a kept state."""
 
+import asyncio
 import json
-import secrets
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -13,7 +13,8 @@ from fastapi.sse import format_sse_event
 from rookery.serve.hosting import Hosted, Running
 from rookery.serve.prompts import conversation
 from rookery.serve.schema import ApiError, Message, Responses
-from rookery.serve.text import finished, hosted, streaming
+from rookery.serve.states import new_id
+from rookery.serve.text import finished, hosted, state_of, streaming
 
 routes = APIRouter(prefix="/v1", tags=["responses"])
 
@@ -26,16 +27,17 @@ async def respond(asked: Responses, request: Request) -> Response:
     if asked.instructions:
         messages.insert(0, Message(role="system", content=asked.instructions))
     before = asked.previous_response_id or asked.state
-    session = model.states.get(before).session.fork() if before else None
+    kept = await state_of(model, before)
+    session = kept.session.fork() if kept else None
     prompt = conversation(model.llm, messages, goes_on=before is not None)
     limit = asked.max_output_tokens or model.limits.max_tokens
     stops = (*(asked.stop or ()), *prompt.stops)
     running = model.submit(prompt.text, limit, session, seed=asked.seed, stop=stops, **asked.options())
-    answer = Answer(model, asked, running)
+    answer = Answer(model, asked, running, request.app.state.place)
     if asked.stream:
         return streaming(request, answer.id, answer.events(), [running])
     (text,) = await finished(request, [running])
-    return JSONResponse(answer.done(text.strip()))
+    return JSONResponse(await answer.done(text.strip()))
 
 
 @routes.get("/responses/{id}")
@@ -43,7 +45,7 @@ async def remembered(id: str, request: Request) -> Response:
     """What is kept of an answer."""
     for model in request.app.state.models.values():
         try:
-            kept = model.states.get(id)
+            kept = await state_of(model, id)
         except ApiError:
             continue
         return JSONResponse({"id": id, "object": "response", "model": model.name, **kept.about(model.states.expiry)})
@@ -53,9 +55,9 @@ async def remembered(id: str, request: Request) -> Response:
 class Answer:
     """One response, whole or as the events that OpenAI's clients expect."""
 
-    def __init__(self, model: Hosted, asked: Responses, running: Running) -> None:
+    def __init__(self, model: Hosted, asked: Responses, running: Running, place: str) -> None:
         self.model, self.asked, self.running = model, asked, running
-        self.id, self.item = f"resp_{secrets.token_hex(12)}", f"msg_{secrets.token_hex(12)}"
+        self.id, self.item = new_id("resp_", place), new_id("msg_", place)
         self.created = int(time.time())
 
     def body(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
@@ -96,12 +98,12 @@ class Answer:
         part = {"type": "output_text", "text": text, "annotations": []}
         return {"id": self.item, "type": "message", "role": "assistant", "status": status, "content": [part]}
 
-    def done(self, text: str) -> dict[str, Any]:
+    async def done(self, text: str) -> dict[str, Any]:
         """The finished response; its state is kept unless that was not wanted."""
         session = self.running.generation.session
         if self.asked.store and session is not None:
             before = self.asked.previous_response_id or self.asked.state
-            self.model.states.keep(session, before, text, id=self.id)
+            await asyncio.to_thread(self.model.states.keep, session, before, text, self.id)
         status = "incomplete" if self.running.finish_reason == "length" else "completed"
         return self.body(status, [self.message(text, status)])
 
@@ -128,7 +130,7 @@ class Answer:
                 text += shown
                 if shown:
                     yield event("response.output_text.delta", **place, delta=shown, logprobs=[])
-            whole = self.done(text)
+            whole = await self.done(text)
             yield event("response.output_text.done", **place, text=text, logprobs=[])
             yield event("response.content_part.done", **place, part=whole["output"][0]["content"][0])
             yield event("response.output_item.done", output_index=0, item=whole["output"][0])

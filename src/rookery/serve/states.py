@@ -1,8 +1,15 @@
 """Kept states by id: immutable places in a tree of texts, within a budget of bytes and with an expiry.
 
 Going on from a state never changes it, so it can be forked any number of times; to rewind is to take an ancestor.
+With a folder each state is a file there before its id is told: it outlives the process, and servers that share the
+folder share the conversations. Nothing else is ever handed over between them.
 """
 
+import contextlib
+import json
+import logging
+import os
+import re
 import secrets
 import threading
 import time
@@ -14,9 +21,20 @@ from typing import Any
 import numpy as np
 
 from rookery.engine.llm import LLM
+from rookery.engine.position import read_position
 from rookery.engine.session import Session
+from rookery.engine.state_cache import SUFFIX
 from rookery.errors import BadState
 from rookery.serve.schema import ApiError
+
+log = logging.getLogger("rookery")
+
+ID = re.compile(r"(state|resp)_[0-9a-z]{8,64}")
+"""What an id may look like before it becomes a file's name."""
+ABOUT = "about"
+"""What the description of a state is called in its file."""
+SWEEP = 60.0
+"""Seconds between two looks for files that have expired, at least."""
 
 
 @dataclass
@@ -47,26 +65,43 @@ class Kept:
 
 
 class StateStore:
-    """The kept states of one model. The least recently used ones go when the budget is full."""
+    """The kept states of one model. The least recently used ones go when the budget is full.
 
-    def __init__(self, llm: LLM, budget: int, expiry: float) -> None:
-        self.llm, self.budget, self.expiry = llm, budget, expiry
+    With `folder`, memory only saves reading: what leaves it stays on the disk until it expires or, the least recently
+    used first, `disk_budget` is full. `place` goes into new ids, for whoever must find the process that made one.
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        budget: int,
+        expiry: float,
+        *,
+        folder: str | os.PathLike[str] | None = None,
+        disk_budget: int = 16 << 30,
+        place: str = "",
+    ) -> None:
+        self.llm, self.budget, self.expiry, self.disk_budget, self.place = llm, budget, expiry, disk_budget, place
+        self.folder = None if folder is None else Path(folder)
         self._kept: OrderedDict[str, Kept] = OrderedDict()
         self._lock = threading.Lock()
+        self._swept = -float("inf")
 
     def __len__(self) -> int:
         return len(self._kept)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all kept states."""
+        """Bytes of the kept states in memory."""
         with self._lock:
             return sum(kept.session.nbytes for kept in self._kept.values())
 
     def keep(self, session: Session, parent: str | None, text: str, id: str | None = None) -> Kept:
-        """Keeps where `session` stands under a new id; the session itself may go on."""
-        kept = Kept(id or f"state_{secrets.token_hex(12)}", session.fork(), parent, text[-2000:])
-        if kept.session.nbytes > self.budget:
+        """Keeps where `session` stands under a new id; the session itself may go on. May write a file."""
+        kept = Kept(id or new_id("state_", self.place), session.fork(), parent, text[-2000:])
+        if self.folder is not None:
+            self._write(kept)
+        elif kept.session.nbytes > self.budget:
             raise ApiError(
                 507, f"a state takes {kept.session.nbytes} bytes, the server keeps {self.budget} in all", code="budget"
             )
@@ -76,17 +111,21 @@ class StateStore:
         return kept
 
     def get(self, id: str) -> Kept:
-        """The state of that id; ApiError 404 where it never was, was forgotten or has expired."""
+        """The state of that id; ApiError 404 where it never was, was forgotten or has expired. May read a file."""
         with self._lock:
             self._shrink()
             kept = self._kept.get(id)
-            if kept is None:
-                raise ApiError(
-                    404, f"no state {id[:80]!r} is kept; it may have expired or made room for others", code="no_state"
-                )
+        if self.folder is not None:
+            kept = self._touched(id, kept)
+        if kept is None:
+            raise ApiError(
+                404, f"no state {id[:80]!r} is kept; it may have expired or made room for others", code="no_state"
+            )
+        with self._lock:
             kept.used = time.monotonic()
+            self._kept[id] = kept
             self._kept.move_to_end(id)
-            return kept
+        return kept
 
     def ancestor(self, id: str, tokens_seen: int) -> Kept:
         """The nearest ancestor, or the state itself, that has read at most so many tokens."""
@@ -102,9 +141,11 @@ class StateStore:
         self.get(id)
         with self._lock:
             self._kept.pop(id, None)
+        if self.folder is not None:
+            self._file(id).unlink(missing_ok=True)
 
     def all(self) -> list[Kept]:
-        """Every kept state, the oldest first."""
+        """Every kept state in memory, the oldest first."""
         with self._lock:
             self._shrink()
             return sorted(self._kept.values(), key=lambda kept: kept.created)
@@ -132,6 +173,68 @@ class StateStore:
         while size > self.budget:
             _, kept = self._kept.popitem(last=False)
             size -= kept.session.nbytes
+
+    # the folder
+
+    def _file(self, id: str) -> Path:
+        # one folder for a million files would be slow to list and on some file systems to open
+        return self.folder / id[-2:] / f"{id}{SUFFIX}"
+
+    def _write(self, kept: Kept) -> None:
+        """The state as a session file; ApiError 507 where the disk takes no more, so that no id is told in vain."""
+        about = {"parent": kept.parent, "text": kept.text, "created": kept.created}
+        file = self._file(kept.id)
+        if time.monotonic() - self._swept > max(SWEEP, self.expiry / 100):
+            self._swept = time.monotonic()
+            threading.Thread(target=self.sweep, daemon=True).start()  # a million files take a while, nobody waits
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            kept.session.save(file, {ABOUT: np.frombuffer(json.dumps(about).encode(), np.uint8)})
+        except OSError as full:
+            log.error("a state could not be written: %s", full)
+            raise ApiError(507, "the state could not be kept; the server's log says why", code="budget") from None
+
+    def _touched(self, id: str, kept: Kept | None) -> Kept | None:
+        """The state, if its file is still there: the folder says what is kept, whoever forgot it. Counts as a use."""
+        if not ID.fullmatch(id):
+            return None
+        file = self._file(id)
+        try:
+            if time.time() - file.stat().st_mtime > self.expiry:
+                file.unlink(missing_ok=True)
+                raise FileNotFoundError(file)
+            os.utime(file)
+            if kept is None:
+                at, extra = read_position(file, self.llm.runner)
+                kept = Kept(id, Session(self.llm, at), **json.loads(extra[ABOUT].tobytes()))
+        except FileNotFoundError:
+            with self._lock:
+                self._kept.pop(id, None)
+            return None
+        except (BadState, KeyError, TypeError, ValueError, OSError) as damage:
+            # that of another model under the same name, or a disk that fails: left for a person to look at
+            log.error("a kept state cannot be read: %s", damage)
+            return None
+        return kept
+
+    def sweep(self) -> None:
+        """Removes files that have expired or, the least recently used first, are too many."""
+        found = []
+        for file in self.folder.glob(f"??/*{SUFFIX}"):
+            with contextlib.suppress(FileNotFoundError):  # another server sweeps, too
+                about = file.stat()
+                found.append((about.st_mtime, about.st_size, file))
+        found.sort(reverse=True)
+        size, oldest = 0, time.time() - self.expiry
+        for used, bytes_, file in found:
+            size += bytes_
+            if used < oldest or size > self.disk_budget:
+                file.unlink(missing_ok=True)
+
+
+def new_id(kind: str, place: str) -> str:
+    """An id that cannot be guessed: `kind`, the place that made it, 24 hexadecimal digits."""
+    return f"{kind}{place}{secrets.token_hex(12)}"
 
 
 def picture(session: Session) -> list[list[float]]:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from rookery.engine.session import Session
 from rookery.serve.hosting import Hosted, Running, usage
 from rookery.serve.prompts import Prompt, chat_prompt, form, tool_calls
 from rookery.serve.schema import ApiError, Chat, Completion, Sampled
-from rookery.serve.states import Kept
+from rookery.serve.states import Kept, new_id
 
 routes = APIRouter(prefix="/v1", tags=["text"])
 
@@ -32,11 +31,18 @@ def hosted(request: Request, name: str | None) -> Hosted:
     return models[name]
 
 
-def start(model: Hosted, asked: Sampled, prompt: Any, max_tokens: int | None, number: int, **more: Any) -> Running:
-    """Hands answer `number` of a request to the scheduler."""
-    session: Session | None = model.states.get(asked.state).session.fork() if asked.state else None
+async def state_of(model: Hosted, id: str | None) -> Kept | None:
+    """The kept state of that id, if one is asked for; it may have to be read from the disk."""
+    return await asyncio.to_thread(model.states.get, id) if id else None
+
+
+def start(
+    model: Hosted, asked: Sampled, before: Kept | None, prompt: Any, limit: int | None, number: int, **more: Any
+) -> Running:
+    """Hands answer `number` of a request, which goes on from `before`, to the scheduler."""
+    session: Session | None = before.session.fork() if before else None
     seed = None if asked.seed is None else asked.seed + number
-    limit = model.limits.max_tokens if max_tokens is None else max_tokens
+    limit = model.limits.max_tokens if limit is None else limit
     return model.submit(prompt, limit, session, seed=seed, **asked.options(), **more)
 
 
@@ -125,11 +131,11 @@ async def merged(running: Sequence[Running]) -> AsyncIterator[tuple[int, str | N
             task.cancel()
 
 
-def kept(model: Hosted, asked: Sampled, one: Running, text: str) -> Kept | None:
+async def kept(model: Hosted, asked: Sampled, one: Running, text: str) -> Kept | None:
     """Keeps the state after an answer, where that was asked for."""
     if not asked.keep_state or one.generation.session is None:
         return None
-    return model.states.keep(one.generation.session, asked.state, text)
+    return await asyncio.to_thread(model.states.keep, one.generation.session, asked.state, text)
 
 
 def token_text(model: Hosted, token: int) -> str:
@@ -154,10 +160,12 @@ async def completions(asked: Completion, request: Request) -> Response:
     prompts = prompts_of(asked)
     more = {"stop": asked.stop or (), "grammar": form(asked.response_format), "logprobs": asked.logprobs}
     limit = 16 if asked.max_tokens is None else asked.max_tokens
+    before = await state_of(model, asked.state)
     running = started(
-        lambda i: start(model, asked, prompts[i // asked.n], limit, i % asked.n, **more), len(prompts) * asked.n
+        lambda i: start(model, asked, before, prompts[i // asked.n], limit, i % asked.n, **more),
+        len(prompts) * asked.n,
     )
-    head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time())}
+    head = {"id": new_id("cmpl-", request.app.state.place), "object": "text_completion", "created": int(time.time())}
     head["model"] = model.name
     echoes = [prompt if asked.echo and isinstance(prompt, str) else "" for prompt in prompts for _ in range(asked.n)]
     if asked.stream:
@@ -173,7 +181,7 @@ async def completions(asked: Completion, request: Request) -> Response:
         for i, (one, text, echo) in enumerate(zip(running, texts, echoes))
     ]
     for choice, one, text in zip(choices, running, texts):
-        if state := kept(model, asked, one, text):
+        if state := await kept(model, asked, one, text):
             choice["state"] = state.about(model.states.expiry)
     return JSONResponse(head | {"choices": choices, "usage": usage(running)})
 
@@ -216,7 +224,7 @@ async def completion_chunks(
         told[i] += piece or ""
         if piece is None:
             choice["finish_reason"] = one.finish_reason
-            if state := kept(model, asked, one, told[i]):
+            if state := await kept(model, asked, one, told[i]):
                 choice["state"] = state.about(model.states.expiry)
         yield head | {"choices": [choice]}
     if asked.stream_options and asked.stream_options.include_usage:
@@ -249,8 +257,9 @@ async def chat(asked: Chat, request: Request) -> Response:
         "logprobs": asked.top_logprobs if asked.logprobs else None,
     }
     limit = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
-    running = started(lambda i: start(model, asked, prompt.text, limit, i, **more), asked.n)
-    head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model.name}
+    before = await state_of(model, asked.state)
+    running = started(lambda i: start(model, asked, before, prompt.text, limit, i, **more), asked.n)
+    head = {"id": new_id("chatcmpl-", request.app.state.place), "created": int(time.time()), "model": model.name}
     if asked.stream:
         return events(request, head["id"], chat_chunks(model, asked, prompt, running, head), running)
     texts = await finished(request, running)
@@ -258,7 +267,7 @@ async def chat(asked: Chat, request: Request) -> Response:
     for i, (one, text) in enumerate(zip(running, texts)):
         message, reason = said(prompt, text, one)
         choice = {"index": i, "message": message, "finish_reason": reason, "logprobs": chat_logprobs(model, one)}
-        if state := kept(model, asked, one, text):
+        if state := await kept(model, asked, one, text):
             choice["state"] = state.about(model.states.expiry)
         choices.append(choice)
     return JSONResponse(head | {"object": "chat.completion", "choices": choices, "usage": usage(running)})
@@ -296,7 +305,7 @@ async def chat_chunks(
             delta = {"tool_calls": [{"index": 0, **message["tool_calls"][0]}]}
         elif prompt.calls:
             delta = {"content": told[i]}
-        state = kept(model, asked, one, told[i])
+        state = await kept(model, asked, one, told[i])
         yield chunk(i, delta, reason, **({"state": state.about(model.states.expiry)} if state else {}))
     if asked.stream_options and asked.stream_options.include_usage:
         yield head | {"choices": [], "usage": usage(running)}
