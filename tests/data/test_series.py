@@ -1,4 +1,7 @@
+from dataclasses import replace
+
 import numpy as np
+import pandas as pd
 import pytest
 
 from rookery.data.series import (
@@ -7,6 +10,7 @@ from rookery.data.series import (
     Splits,
     Table,
     assert_no_overlap,
+    future_times,
     period_of,
     read_table,
     standard_splits,
@@ -58,6 +62,21 @@ def test_months_weeks_and_days_have_their_season(tmp_path, text, period):
 def test_a_bad_file_is_refused_with_its_line(tmp_path, text, reason):
     with pytest.raises(ValueError, match=reason):
         read_table(written(tmp_path, text))
+
+
+@pytest.mark.parametrize("freq", ["h", "15min", "D", "B", "W", "4W", "MS", "ME", "2MS", "QS", "QE", "YS", "YE", "30s"])
+def test_times_go_on_in_their_step_and_a_gap_is_named(freq):
+    every = pd.date_range("2023-01-02", periods=70, freq=freq).to_numpy().astype("datetime64[s]")
+    table = Table(("x",), np.zeros((60, 1)), every[:60])
+    np.testing.assert_array_equal(future_times(table, 10), every[60:])
+    holed = replace(table, times=np.delete(every[:60], 20))
+    when = str(every[20]).replace("T", " ")
+    with pytest.raises(ValueError, match=f"row 21 after the header is of .* where {when} should follow"):
+        future_times(holed, 10)
+
+
+def test_rows_without_dates_go_on_by_number():
+    np.testing.assert_array_equal(future_times(Table(("x",), np.zeros((3, 1))), 2), [3, 4])
 
 
 def test_a_missing_file_and_column_are_named(tmp_path):

@@ -104,19 +104,79 @@ def broken(change):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda f: f.drop(index=60), r"item 'b': 2024-03-30 20:00:00 is missing"),
-        (lambda f: pd.concat([f, f.iloc[50:51]]), r"item 'b': 2024-03-30 10:00:00 appears more than once"),
-        (lambda f: f.assign(target=f.target.where(f.index != 3, np.inf)), r"item 'a': the value at .* is infinite"),
-        (lambda f: f.assign(target=f.target.where(f.item_id != "b")), r"item 'b': every value is missing"),
-        (lambda f: f.rename(columns={"target": "OT"}), r"no column 'target'; the columns are item_id"),
+        (lambda f: f.drop(index=60), r"item 'b': 2024-03-30 20:00:00 is missing \(step "),
+        (lambda f: pd.concat([f, f.iloc[50:51]]), r"item 'b': row 50: 2024-03-30 10:00:00 appears more than once"),
         (lambda f: f[(f.item_id == "a") | (f.index % 2 == 0)], r"item 'b': .* is missing \(step h\)"),
+        (lambda f: f[(f.item_id == "b") | (f.index % 2 == 0)], r"item 'b': row 41: .* 01:00:00 is off the step 2h"),
+        (
+            lambda f: f.assign(target=f.target.where(f.index != 3, np.inf)),
+            r"item 'a': row 3: the value inf is infinite",
+        ),
+        (
+            lambda f: f.assign(target=f.target.astype(object).where(f.index != 43, "x")),
+            r"item 'b': row 43: .* x is no nu",
+        ),
+        (lambda f: f.assign(target=f.target.where(f.item_id != "b")), r"item 'b': every value is missing"),
+        (lambda f: f.assign(timestamp=f.timestamp.where(f.index != 45)), r"item 'b': row 45: NaT is no time"),
+        (lambda f: f.assign(timestamp=f.index), r"item 'a': 'timestamp' holds numbers, not times"),
+        (lambda f: f.assign(item_id=f.item_id.where(f.index != 5)), r"row 5 has no item_id"),
+        (lambda f: f.rename(columns={"target": "OT"}), r"no column 'target'; the columns are item_id"),
+        (lambda f: pd.concat([f, f[["target"]]], axis=1), r"there are two columns 'target'"),
         (lambda f: f.iloc[:1], r"item 'a': one row says nothing about the time between rows"),
         (lambda f: f.iloc[:0], "the frame has no rows"),
+        (lambda f: f.to_numpy(), "expected a pandas data frame, got ndarray"),
     ],
 )
 def test_a_bad_frame_is_refused_with_the_item_and_the_place(pipeline, change, reason):
     with pytest.raises(ValueError, match=reason):
         pipeline.predict_df(broken(change), prediction_length=4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"prediction_length": 0}, "horizon must be at least 1, got 0"),
+        ({"prediction_length": 2.5}, "horizon must be a whole number, got 2.5"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"id_column": "itemid"}, "no column 'itemid'"),
+        ({"quantile_levels": [0.99]}, "level 0.99 lies outside"),
+    ],
+)
+def test_a_wrong_argument_of_a_frame_is_named(pipeline, wrong, reason):
+    with pytest.raises(ValueError, match=reason):
+        pipeline.predict_df(frame({"a": 40}), **{"prediction_length": 4, **wrong})
+
+
+HOLED = np.concatenate([series(9), np.full(40, np.nan)])
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ([series(40), np.where(np.arange(9) == 3, np.inf, 1)], r"point 3 of series 1 is infinite"),
+        (np.where(np.arange(90) == 3, -np.inf, 1), r"point 3 of series 0 is infinite"),  # before what is read
+        ([[1e39, 2.0]], r"point 0 of series 0 is .* too large for float32 \(1e\+39\)"),
+        ([series(40), np.full(9, np.nan)], r"series 1 has no observed value at any of its points"),
+        (HOLED, r"series 0 has no observed value at any of its last 32 points"),
+        ([series(9), []], r"series 1 must be \[points\] with at least one point, got shape \[0\]"),
+        (np.zeros((2, 3, 4)), r"series 0 must be \[points\]"),
+        (["a"], r"series 0 must hold numbers"),
+        ([], "there is no series"),
+    ],
+)
+def test_a_bad_series_is_refused_with_its_number_and_the_point(pipeline, given, reason):
+    with pytest.raises(ValueError, match=reason):
+        pipeline.predict_quantiles(given, 4, [0.5])
+
+
+def test_series_that_are_odd_but_usable_are_forecast(pipeline):
+    constant, short = np.full(40, 7.25), [1.0, 2.0]  # shorter than a patch, and a plain list
+    np.testing.assert_array_equal(pipeline.predict_quantiles(constant, 5, [0.1, 0.9])[0], np.full((1, 5, 2), 7.25))
+    found = pipeline.predict_quantiles(short, 5, [0.5])[0]
+    assert found.shape == (1, 5, 1)
+    assert found.isfinite().all()
+    rows = frame({"a": 40}).assign(target=3.0)
+    assert (pipeline.predict_df(rows, prediction_length=3)["0.9"] == 3).all()
 
 
 def test_a_missing_value_is_allowed(pipeline):
@@ -147,6 +207,47 @@ def test_a_backtest_is_the_mean_over_past_forecasts(pipeline):
     found = pipeline.historical_forecasts(values, 5, stride=7, start=40, last_points_only=False)
     want = np.mean([mae(f.median, values[f.index]) for f in found])
     assert pipeline.backtest(values, 5, metrics=[mae], stride=7, start=40) == {"mae": pytest.approx(want)}
+
+
+def test_named_metrics_count_every_observed_point_once(pipeline):
+    values = series(60)
+    holed = np.where(np.arange(60) == 50, np.nan, values)
+    found = pipeline.historical_forecasts(holed, 5, stride=5, start=40, last_points_only=False)
+    error = np.concatenate([f.median - holed[f.index] for f in found])
+    scores = pipeline.backtest(
+        holed, 5, metrics=["mse", "mae", "mase", "wql", "coverage"], period=2, stride=5, start=40
+    )
+    assert scores["mse"] == pytest.approx(np.nanmean(error**2))
+    assert scores["mase"] == pytest.approx(np.nanmean(np.abs(error)) / np.nanmean(np.abs(holed[2:] - holed[:-2])))
+    inside = [(f.quantile(0.1) <= holed[f.index]) & (holed[f.index] <= f.quantile(0.9)) for f in found]
+    assert scores["coverage"] == pytest.approx(np.mean(np.concatenate(inside)[~np.isnan(error)]))
+    with pytest.raises(ValueError, match="no metric named 'mes'. Did you mean 'mse'"):
+        pipeline.backtest(values, 5, metrics=["mes"], start=40)
+
+
+def test_training_anew_for_every_past_forecast_leaves_the_model_alone(pipeline):
+    values = series(80)
+    before = pipeline.predict(values, 4).values
+    options = {"stride": 20, "start": 60, "last_points_only": False}
+    config = FitConfig(epochs=1, lr=1e-2)
+    again = pipeline.historical_forecasts(values, 4, retrain=config, **options)
+    plain = pipeline.historical_forecasts(values, 4, **options)
+    assert [f.index[0] for f in again] == [f.index[0] for f in plain] == [60]
+    assert not np.allclose(again[0].median, plain[0].median)
+    np.testing.assert_array_equal(pipeline.predict(values, 4).values, before)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"stride": 0}, "stride must be at least 1"),
+        ({"horizon": 0}, "horizon must be at least 1"),
+        ({"start": 2.0}, "start 120 leaves no room"),
+    ],
+)
+def test_a_wrong_argument_of_looking_back_is_named(pipeline, wrong, reason):
+    with pytest.raises(ValueError, match=reason):
+        pipeline.historical_forecasts(series(60), **{"horizon": 5, **wrong})
 
 
 # gaps and oddities
@@ -189,9 +290,35 @@ def test_a_fitted_forecaster_knows_the_season_and_finds_what_breaks_it(tmp_path)
     np.testing.assert_array_equal(again.predict(wave, 9).values, pipeline.predict(wave, 9).values)
 
 
+@pytest.mark.parametrize(
+    ("data", "options", "reason"),
+    [
+        (np.array([[1.0, 2.0], [3.0, np.inf]]), {}, "point 1 of channel 1 is infinite"),
+        (np.full(90, np.nan), {}, "no observed value to learn from"),
+        (["a"], {}, "fit takes numbers"),
+        (np.zeros((2, 3, 4)), {}, r"got shape \[2, 3, 4\]"),
+        (series(90), {"horizon": 0}, "horizon must be at least 1"),
+        (series(90), {"validation_share": 1.0}, "validation_share must lie between 0 and 1"),
+        (series(90), {"model": "rwkv7-test"}, "'rwkv7-test' is no forecaster"),
+    ],
+)
+def test_fitting_names_what_it_cannot_use(data, options, reason):
+    with pytest.raises(ValueError, match=reason):
+        ForecastPipeline.fit(data, **{"model": "rimer-test", **options})
+
+
+def test_other_uses_name_what_they_cannot_use(pipeline):
+    endless = np.where(np.arange(60) == 30, np.inf, series(60))
+    for use in (pipeline.impute, pipeline.detect_anomalies, pipeline.open_stream):
+        with pytest.raises(ValueError, match="point 30 of the .* is infinite"):
+            use(endless)
+    with pytest.raises(ValueError, match="quantile must lie between 0 and 1"):
+        pipeline.detect_anomalies(series(60), 2)
+    with pytest.raises(ValueError, match="could not convert"):
+        pipeline.open_stream(series(60)).push("a")
+
+
 def test_fitting_refuses_what_it_cannot_learn_from(pipeline):
-    with pytest.raises(ValueError, match="finite values"):
-        ForecastPipeline.fit(np.array([1.0, np.inf]), "rimer-test")
     with pytest.raises(ValueError, match="no window of 32 points"):
         ForecastPipeline.fit(series(30), "rimer-test")
     with pytest.raises(ValueError, match="unequal length"):

@@ -9,6 +9,8 @@ import argparse
 import csv
 import io
 import sys
+from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,27 +33,37 @@ def run(given: argparse.Namespace) -> int:
     from rookery.cli.train import before_torch
 
     before_torch()
+    from rookery.checkpoints.atomic import replacing
     from rookery.data.series import future_times, read_table
     from rookery.forecasting.pipeline import ForecastPipeline
 
-    levels = [float(level) for level in given.levels.split(",") if level]
+    levels = [_level(text) for text in given.levels.split(",") if text.strip()]
     table = read_table(given.data)
     target = given.target or table.names[-1]
     history = table.column(target)
+    index = future_times(table, max(0, given.horizon))  # before the model is loaded: it names gaps in the file
     pipeline = ForecastPipeline.from_pretrained(given.model)
-    forecast = pipeline.predict(history, given.horizon, item_id=target, index=future_times(table, given.horizon))
+    forecast = pipeline.predict(history, given.horizon, item_id=target, index=index)
     text = as_csv(forecast, levels, target)
+    with ExitStack() as files:  # both files are whole before either takes its place
+        if given.plot:
+            plot(forecast, files.enter_context(replacing(given.plot)), Path(given.plot).suffix[1:] or "png")
+        if given.out:
+            files.enter_context(replacing(given.out)).write_text(text, encoding="utf-8")
     if given.out:
-        from rookery.checkpoints.atomic import replacing
-
-        with replacing(given.out) as temporary:
-            temporary.write_text(text, encoding="utf-8")
         print(f"{given.out}: {given.horizon} rows of {target}", file=sys.stderr)
     else:
         print(text, end="")
     if given.plot:
-        plot(forecast, given.plot)
+        print(f"{given.plot}: the last of the history and the forecast", file=sys.stderr)
     return 0
+
+
+def _level(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--levels takes numbers between 0 and 1 such as 0.1,0.5,0.9; got {text!r}") from None
 
 
 def as_csv(forecast: Forecast, levels: list[float], target: str) -> str:
@@ -65,11 +77,8 @@ def as_csv(forecast: Forecast, levels: list[float], target: str) -> str:
     return file.getvalue()
 
 
-def plot(forecast: Forecast, path: str) -> None:
-    """Writes the picture; whole or absent."""
-    from pathlib import Path
-
-    from rookery.checkpoints.atomic import replacing
+def plot(forecast: Forecast, path: Path, form: str) -> None:
+    """Writes the picture in a format that matplotlib knows ("png", "svg", "pdf")."""
     from rookery.reproduce.report import require_matplotlib
 
     require_matplotlib()
@@ -77,6 +86,4 @@ def plot(forecast: Forecast, path: str) -> None:
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     forecast.plot(figure.subplots())
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format=Path(path).suffix[1:] or "png", dpi=120)
-    print(f"{path}: the last of the history and the forecast", file=sys.stderr)
+    figure.savefig(path, format=form, dpi=120)

@@ -55,6 +55,8 @@ def read_table(path: str | os.PathLike[str]) -> Table:
     if not header or not lines:
         raise ValueError(f"{path}: expected a header and at least one row of values")
     dated = _date(lines[0][1][0]) is not None
+    if dated and len(header) == 1:
+        raise ValueError(f"{path}: there is a column of times and none of values")
     values = np.empty((len(lines), len(header) - dated))
     times = np.empty(len(lines), "datetime64[s]") if dated else None
     for i, (number, row) in enumerate(lines):
@@ -104,16 +106,47 @@ def _number(text: str, where: str, column: str) -> float:
 
 
 def future_times(table: Table, horizon: int) -> np.ndarray:
-    """The times of the next rows: months go on by months, everything else by its step; numbers without dates."""
-    if table.times is None or table.step is None:
+    """The times of the next rows, in step with those that are there; row numbers where the file has no dates.
+
+    Months go on by months (from the last day of one to that of the next where all are last days), working days by
+    working days, everything else by the seconds between rows. ValueError names the first row that is out of step: after
+    a gap, or where the frequency changes.
+    """
+    if table.times is None:
         return np.arange(len(table.values), len(table.values) + horizon)
-    ahead, last = np.arange(1, horizon + 1), table.times[-1]
-    season = period_of(table.step)
-    if season in (4, 12):
-        month = last.astype("datetime64[M]")
-        within = last - month.astype("datetime64[s]")
-        return (month + ahead * (12 // season)).astype("datetime64[s]") + within
-    return last + ahead * np.timedelta64(round(table.step), "s")
+    times = table.times
+    if len(times) < 2:
+        raise ValueError("one row says nothing about the time between rows; give more of the history")
+    regular = _in_step(times, len(times) + horizon)
+    if (odd := np.flatnonzero(regular[: len(times)] != times)).size:
+        row = int(odd[0])
+        raise ValueError(
+            f"row {row + 1} after the header is of {_text(times[row])} where {_text(regular[row])} should follow on "
+            f"{_text(times[row - 1])}; forecasts need equal steps: add rows with empty values, or bring all to one step"
+        )
+    return regular[len(times) :]
+
+
+def _in_step(times: np.ndarray, count: int) -> np.ndarray:
+    """`count` times from the first of `times` on, in the step that most of these have."""
+    ahead, days = np.arange(count), times.astype("datetime64[D]")
+    step = np.median(np.diff(times).astype(np.int64)).astype("timedelta64[s]")
+    months = days.astype("datetime64[M]")
+    day = (days - months.astype("datetime64[D]")).astype(np.int64)
+    last = (months + 1).astype("datetime64[D]") - 1 == days
+    if step >= np.timedelta64(28, "D") and (last.all() or (day == day[0]).all()):
+        every = int(np.median(np.diff(months).astype(np.int64)))
+        month = months[0] + every * ahead
+        found = (month + 1).astype("datetime64[D]") - 1 if last.all() else month.astype("datetime64[D]") + day[0]
+        return found.astype("datetime64[s]") + (times[0] - days[0])
+    weekend = (np.diff(days) == np.timedelta64(3, "D")).any()
+    if step == np.timedelta64(1, "D") and weekend and np.is_busday(days).all():
+        return np.busday_offset(days[0], ahead).astype("datetime64[s]") + (times[0] - days[0])
+    return times[0] + ahead * step
+
+
+def _text(time: np.datetime64) -> str:
+    return str(time).replace("T", " ")
 
 
 PERIODS = {900: 96, 1800: 48, 3600: 24, 86400: 7, 604800: 52}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,9 +12,12 @@ import numpy as np
 import torch
 
 from rookery.data.series import SeriesWindows
+from rookery.errors import unknown
+from rookery.evaluate.forecasting import Sums, naive_error
 from rookery.families.rimer import LEVELS
 from rookery.forecasting.fit import FitConfig, Fitted, fit
 from rookery.forecasting.frames import items_of
+from rookery.forecasting.inputs import check_observed, histories, history, whole
 from rookery.forecasting.result import Forecast, pandas, quantiles
 from rookery.forecasting.stream import ForecastStream
 from rookery.models import create_model, load, save_model
@@ -66,14 +70,15 @@ class ForecastPipeline:
             if len({len(item.values) for item in items}) > 1:
                 raise ValueError("the items are of unequal length; fit on those of one length, or cut them to it")
             data = np.stack([item.values for item in items], axis=1)
-        values = np.asarray(data, np.float64)
-        values = values[:, None] if values.ndim == 1 else values
-        if values.ndim != 2 or np.isinf(values).any():
-            raise ValueError("fit takes finite values [points] or [points, channels], NaN where missing")
+        values = _columns(data)
         config = config or FitConfig()
         built = create_model(model, seed=config.seed, **overrides) if isinstance(model, str) else model
+        if not isinstance(built, Forecaster):
+            raise ValueError(f"{model!r} is no forecaster; rimer, timer, rwkv-ts and dlinear are")
+        if not 0 < validation_share < 1:
+            raise ValueError(f"validation_share must lie between 0 and 1, got {validation_share:g}")
         context = built.config.context_length
-        horizon = horizon or built.config.reach
+        horizon = built.config.reach if horizon is None else whole("horizon", horizon)
         cut = round(len(values) * (1 - validation_share))
         parts = [SeriesWindows(values, rows, context, horizon) for rows in (range(cut), range(cut, len(values)))]
         fitted = fit(built, *parts, config, report)
@@ -85,8 +90,9 @@ class ForecastPipeline:
         save_model(self.model, Path(folder) / "model.safetensors")
 
     def predict(self, history: Any, horizon: int, *, item_id: str = "", index: Any = None) -> Forecast:
-        """The forecast of one series [points], NaN where missing."""
-        return Forecast(*self._ahead([history], horizon)[0], index, np.asarray(history, np.float32), item_id)
+        """The forecast of one series [points], NaN where missing; errors call it `item_id`."""
+        ahead = self._ahead([history], horizon, [repr(item_id)] if item_id else None)
+        return Forecast(*ahead[0], index, np.asarray(history, np.float32), item_id)
 
     def predict_quantiles(
         self, inputs: Any, prediction_length: int, quantile_levels: Sequence[float] = LEVELS
@@ -94,10 +100,14 @@ class ForecastPipeline:
         """Quantiles float32 [b, prediction_length, levels] and the mean [b, prediction_length], on the CPU.
 
         `inputs` is one series, a list of series of any length, or a matrix [b, points] with NaN on the left of shorter
-        ones.
+        ones. ValueError names the series and the point that cannot be used.
         """
-        series = [inputs] if getattr(inputs, "ndim", 0) == 1 else list(inputs)
-        ahead = self._ahead(series, prediction_length)
+        return self._quantiles(inputs, prediction_length, quantile_levels)
+
+    def _quantiles(
+        self, inputs: Any, horizon: int, quantile_levels: Sequence[float], names: Sequence[str] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ahead = self._ahead(inputs, horizon, names)
         values = np.stack([quantiles(values, levels, quantile_levels) for levels, values in ahead])
         means = np.stack([Forecast(levels, values).mean for levels, values in ahead])
         return torch.from_numpy(values), torch.from_numpy(means)
@@ -117,16 +127,19 @@ class ForecastPipeline:
     ) -> Any:
         """A long data frame: item, future times, "target_name", "predictions" (the mean), one column a level ("0.1").
 
-        Items come in the order in which they first appear; a frame without `id_column` is one item. The frequency is
-        inferred; gaps, times that repeat and unusable items are errors that name them (see `items_of`).
+        Items come in the order in which they first appear; a frame without the column "item_id" is one item. The
+        frequency is inferred; gaps, times that repeat and unusable items are errors that name them (see `items_of`).
         """
         pd = pandas()
-        id_column = id_column if id_column in df.columns else None
+        if id_column == "item_id" and id_column not in getattr(df, "columns", [id_column]):
+            id_column = None
         items = items_of(df, id_column, timestamp_column, target, freq, validate_inputs)
         parts = []
-        for start in range(0, len(items), batch_size):
+        for start in range(0, len(items), whole("batch_size", batch_size)):
             some = items[start : start + batch_size]
-            found, means = self.predict_quantiles([item.values for item in some], prediction_length, quantile_levels)
+            values = [item.values for item in some]
+            names = [f"item {item.name!r}" for item in some]
+            found, means = self._quantiles(values, prediction_length, quantile_levels, names)
             for item, values, mean in zip(some, found.numpy(), means.numpy()):
                 part = {id_column: item.name} if id_column else {}
                 part |= {timestamp_column: item.future(prediction_length), "target_name": target, "predictions": mean}
@@ -140,36 +153,70 @@ class ForecastPipeline:
         *,
         stride: int = 1,
         start: int | float = 0.5,
+        retrain: bool | FitConfig = False,
         last_points_only: bool = True,
     ) -> np.ndarray | list[Forecast]:
         """What would have been forecast in the past, every `stride` points from `start` (a point, or a share) on.
 
+        With `retrain` (as a FitConfig says, or by default) a copy of the model is trained on the points before each
+        forecast, which takes as long as it sounds; without, the model is used as it is, whatever it was trained on.
         With `last_points_only` an array [forecasts, 2] of the place of each forecast's last point and its value,
-        otherwise the forecasts, their `index` being places in the series. The model is not trained again.
+        otherwise the forecasts, their `index` being places in the series.
         """
-        values = np.asarray(series, np.float32)
+        values, horizon = history(series, "the series"), whole("horizon", horizon)
         first = round(start * len(values)) if isinstance(start, float) else start
         if not 0 < first <= len(values) - horizon:
             raise ValueError(f"start {first} leaves no room for {horizon} points in a series of {len(values)}")
-        ends = range(first, len(values) - horizon + 1, stride)
-        ahead = self._ahead([values[:end] for end in ends], horizon)
+        ends = range(first, len(values) - horizon + 1, whole("stride", stride))
+        if retrain:
+            config = retrain if isinstance(retrain, FitConfig) else None
+            ahead = [self._trained_on(values[:end], config)._ahead([values[:end]], horizon)[0] for end in ends]
+        else:
+            ahead = self._ahead([values[:end] for end in ends], horizon)
         found = [Forecast(*a, np.arange(end, end + horizon), values[:end]) for a, end in zip(ahead, ends)]
         if not last_points_only:
             return found
         return np.array([[forecast.index[-1], forecast.median[-1]] for forecast in found])
 
-    def backtest(self, series: Any, horizon: int, *, metrics: Iterable[Metric], **options: Any) -> dict[str, float]:
-        """Means of metrics, by their names, over `historical_forecasts(series, horizon, **options)`."""
-        values = np.asarray(series, np.float32)
+    def _trained_on(self, values: np.ndarray, config: FitConfig | None) -> ForecastPipeline:
+        return ForecastPipeline.fit(values, copy.deepcopy(self.model), config=config)[0]
+
+    def backtest(
+        self,
+        series: Any,
+        horizon: int,
+        *,
+        metrics: Iterable[str | Metric] = ("mse", "mae", "mase"),
+        period: int = 1,
+        **options: Any,
+    ) -> dict[str, float]:
+        """Means of metrics, by their names, over `historical_forecasts(series, horizon, **options)`.
+
+        A metric is a function of (predicted median [k], actual [k]), or a name: "mse", "mae", "mase" (in units of the
+        naive forecast that repeats what was `period` points ago), and for models with levels "wql" and "coverage" (see
+        `rookery.evaluate.forecasting`). Missing points do not count in those that have names.
+        """
+        values = history(series, "the series")
         found = self.historical_forecasts(values, horizon, last_points_only=False, **options)
-        return {
-            metric.__name__: float(np.mean([metric(forecast.median, values[forecast.index]) for forecast in found]))
-            for metric in metrics
-        }
+        sums = Sums(self.model.config.levels)
+        for forecast in found:
+            sums.add(forecast.values, values[forecast.index])
+        known = sums.means()
+        known["mase"] = known["mae"] / naive_error(values[:, None], whole("period", period))
+        results = {}
+        for metric in metrics:
+            if not isinstance(metric, str):
+                scores = [metric(forecast.median, values[forecast.index]) for forecast in found]
+                results[metric.__name__] = float(np.mean(scores))
+            elif metric in known:
+                results[metric] = known[metric]
+            else:
+                raise unknown("metric", metric, known, "the documentation of backtest")
+        return results
 
     def open_stream(self, context: Any) -> ForecastStream:
         """A stream that takes one value at a time; it starts after `context` [points]."""
-        return ForecastStream(self.model, np.asarray(context, np.float32))
+        return ForecastStream(self.model, history(context, "the context"))
 
     def impute(self, series: Any) -> np.ndarray:
         """The series [points] with missing points replaced by forecasts, float32.
@@ -177,7 +224,8 @@ class ForecastPipeline:
         A gap is forecast from both sides, the series being read backwards from its right; the two are blended in a line
         from one end of the gap to the other. ValueError where nothing was observed.
         """
-        values = np.asarray(series, np.float32).copy()
+        given = history(series, "the series")
+        values = given.copy()
         missing = np.isnan(values)
         if missing.all():
             raise ValueError("there is no observed value to fill the others from")
@@ -186,7 +234,7 @@ class ForecastPipeline:
             if start:
                 sides["left"] = self.predict(values[:start], end - start).median
             if end < len(values):
-                sides["right"] = self.predict(np.asarray(series, np.float32)[end:][::-1], end - start).median[::-1]
+                sides["right"] = self.predict(given[end:][::-1], end - start).median[::-1]
             weight = np.linspace(1, 0, end - start + 2)[1:-1] if len(sides) == 2 else float("left" in sides)
             values[start:end] = weight * sides.get("left", 0) + (1 - np.asarray(weight)) * sides.get("right", 0)
         return values
@@ -197,7 +245,9 @@ class ForecastPipeline:
         The score of a patch is the mean squared error of its prediction from all that came before, in units of the
         spread of the series; points of the first patch, which nothing predicts, score 0.
         """
-        values = np.asarray(series, np.float32)
+        values = history(series, "the series")
+        if not 0 <= quantile <= 1:
+            raise ValueError(f"quantile must lie between 0 and 1, got {quantile:g}")
         length, levels = self.model.config.patch_length, self.model.config.levels
         if not self.model.streams:
             raise ValueError(f"{self.model.family} predicts nothing before the end of its context; use rimer or timer")
@@ -216,19 +266,36 @@ class ForecastPipeline:
         score = np.concatenate([np.zeros(len(values) - len(score), np.float32), score])
         return score, score > np.quantile(score, quantile)
 
-    def _ahead(self, series: Iterable[Any], horizon: int) -> list[tuple[tuple[float, ...], np.ndarray]]:
+    def _ahead(
+        self, inputs: Any, horizon: int, names: Sequence[str] | None = None
+    ) -> list[tuple[tuple[float, ...], np.ndarray]]:
         """Levels and values [horizon, q] after each series; those of unequal length are padded on the left."""
-        histories = [np.asarray(one, np.float32) for one in series]
-        for number, history in enumerate(histories):
-            if history.ndim != 1 or not len(history):
-                raise ValueError(f"series {number} must be [points] with at least one point, got {list(history.shape)}")
+        horizon, given = whole("horizon", horizon), histories(inputs, names)
         context = max(self.model.config.context_length, self.model.config.patch_length)
-        longest = min(context, max(len(history) for history in histories))
-        rows = np.full((len(histories), longest), np.nan, np.float32)
-        for row, history in zip(rows, histories):
-            row[longest - min(longest, len(history)) :] = history[-longest:]
-        found = self.model.forecast(torch.from_numpy(rows), horizon).float().cpu().numpy()
+        longest = min(context, max(len(values) for values in given))
+        rows = np.full((len(given), longest), np.nan, np.float32)
+        for number, (row, values) in enumerate(zip(rows, given)):
+            check_observed(values, context, names[number] if names else f"series {number}")
+            row[longest - min(longest, len(values)) :] = values[-longest:]
+        found = self.model.forecast(torch.from_numpy(rows).to(self.model.like.device), horizon).float().cpu().numpy()
         return [(self.model.config.levels, values) for values in found]
+
+
+def _columns(data: Any) -> np.ndarray:
+    """Channels float64 [points, channels] from one series [points], NaN where missing, or from such a matrix."""
+    try:
+        values = np.asarray(data, np.float64)
+    except (TypeError, ValueError) as reason:
+        raise ValueError(f"fit takes numbers [points] or [points, channels]: {reason}") from None
+    values = values[:, None] if values.ndim == 1 else values
+    if values.ndim != 2:
+        raise ValueError(f"fit takes values [points] or [points, channels], got shape {list(values.shape)}")
+    if np.isnan(values).all():
+        raise ValueError("there is no observed value to learn from")
+    if (bad := np.argwhere(np.isinf(values))).size:
+        point, channel = bad[0]
+        raise ValueError(f"point {point} of channel {channel} is infinite; fit takes finite values, NaN where missing")
+    return values
 
 
 def _runs(missing: np.ndarray) -> list[tuple[int, int]]:

@@ -22,7 +22,7 @@ class ForecastStream:
                 f"{model.family} reads its whole context anew for every forecast; stream with rimer or timer"
             )
         self.model = model
-        series = check_series(torch.as_tensor(np.asarray(context))).to(model.like)
+        series = check_series(torch.as_tensor(np.asarray(context, np.float64))).to(model.like)
         self.scale = scale_of(series)
         self.waiting = series[:, :0]
         with torch.no_grad():
@@ -37,7 +37,7 @@ class ForecastStream:
     @torch.no_grad()
     def push(self, values: np.ndarray | float) -> None:
         """Takes in what was observed next: one value or several, NaN where missing."""
-        new = check_series(torch.atleast_1d(torch.as_tensor(np.asarray(values)))).to(self.model.like)
+        new = check_series(torch.as_tensor(np.atleast_1d(np.asarray(values, np.float64)))).to(self.model.like)
         self.waiting = torch.cat([self.waiting, self.scale.into(new)], dim=1)
         whole = self.waiting.shape[1] // self.model.config.patch_length * self.model.config.patch_length
         if whole:
