@@ -76,7 +76,7 @@ def torch_free_modules() -> list[str]:
         folder = ROOT / "src" / "rookery" / name
         if folder.is_dir():
             found += [module.name for module in pkgutil.walk_packages([str(folder)], f"rookery.{name}.")]
-    return [name for name in found if name != "rookery.engine.runners.torch"]
+    return [name for name in found if not name.startswith("rookery.engine.runners.torch")]
 
 
 def import_times(modules: Sequence[str], repeats: int = 3) -> list[tuple[float, str]]:

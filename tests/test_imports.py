@@ -15,9 +15,10 @@ ENVIRONMENT = {"PYTHONPATH": str(Path(rookery.__file__).parents[1])}
 
 
 def core_modules() -> list[str]:
-    """Every module of the core but the one that runs torch models."""
+    """Every module of the core but those that run torch models."""
     modules = (m.name for m in pkgutil.walk_packages(rookery.__path__, "rookery."))
-    return [m for m in modules if m.split(".")[1] in CORE and m != "rookery.engine.runners.torch"]
+    door = {f"rookery.engine.runners.{name}" for name in ("torch", "torch_rows", "torch_graphs")}
+    return [m for m in modules if m.split(".")[1] in CORE and m not in door]
 
 
 def imported_by(program: str) -> set[str]:

@@ -120,6 +120,11 @@ class Converted(LanguageModel):
     def head(self) -> nn.Module:
         return self.lm_head
 
+    @property
+    def static_step(self) -> bool:
+        """Attention that was kept has a growing cache."""
+        return not self.config.attention_layers
+
     def features(
         self, tokens: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:

@@ -246,6 +246,7 @@ class Based(LanguageModel):
     """The language model: `logits, state = model(tokens, state)`."""
 
     family = FAMILY.name
+    static_step = True
 
     def __init__(self, config: BasedConfig) -> None:
         super().__init__()

@@ -165,6 +165,7 @@ class MetaState(RWKV7):
     """The language model: `logits, state = model(tokens, state)`."""
 
     family = FAMILY.name
+    static_step = False
 
     @staticmethod
     def channel_mix(config: MetaStateConfig, layer: int) -> MetaMix:

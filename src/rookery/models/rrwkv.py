@@ -205,6 +205,7 @@ class RRWKV(RWKV4):
     """The language model: `logits, state = model(tokens, state)`."""
 
     family = FAMILY.name
+    static_step = False
 
     @classmethod
     @torch.no_grad()

@@ -67,6 +67,7 @@ class RWKV4(RWKV):
     """The language model: `logits, state = model(tokens, state)`."""
 
     family = FAMILY.name
+    static_step = True
     time_mix = TimeMix
 
     @staticmethod

@@ -88,6 +88,7 @@ class RWKV5(RWKV):
     """The language model: `logits, state = model(tokens, state)`."""
 
     family = FAMILY.name
+    static_step = True
     time_mix = TimeMix
 
     @staticmethod

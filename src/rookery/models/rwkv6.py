@@ -115,6 +115,7 @@ class RWKV6(RWKV):
     """The language model: `logits, state = model(tokens, state)`."""
 
     family = FAMILY.name
+    static_step = True
     time_mix = TimeMix
     channel_mix = ChannelMix
 

@@ -147,6 +147,7 @@ class RWKV7(RWKV):
     """The language model: `logits, state = model(tokens, state)`."""
 
     family = FAMILY.name
+    static_step = True
     time_mix = TimeMix
 
     @staticmethod

@@ -116,6 +116,7 @@ class RWKV7b(RWKV7a):
     """The language model: `logits, state = model(tokens, state)`."""
 
     family = FAMILY.name
+    static_step = False
 
     def block(self, config: RWKV7bConfig, layer: int) -> AttentionBlock:
         parts = DeepEmbedAttention(config), self.time_mix(config, layer), self.channel_mix(config, layer)

@@ -109,6 +109,7 @@ class RWKV8Hybrid(RWKV8):
     """The language model: `logits, state = model(tokens, state)`."""
 
     family = rwkv8_hybrid.FAMILY.name
+    static_step = False
 
     def block(self, config: RWKV8HybridConfig, layer: int) -> AttentionBlock:
         parts = HybridAttention(config), self.time_mix(config, layer), self.channel_mix(config, layer)

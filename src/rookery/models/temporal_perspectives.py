@@ -33,6 +33,7 @@ class TemporalPerspectives(LanguageModel):
     """The language model: `logits, state = model(tokens, state)`; every tensor of its state is [b, n, …]."""
 
     family = FAMILY.name
+    static_step = True
 
     def __init__(self, config: TemporalPerspectivesConfig) -> None:
         super().__init__()

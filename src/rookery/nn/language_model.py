@@ -21,6 +21,9 @@ class LanguageModel(nn.Module):
     """The frozen config that the model was built from."""
     head: nn.Module
     """features -> logits."""
+    static_step = False
+    """True where reading one token is the same work on tensors of the same shapes whatever was read before, so that a
+    CUDA graph can hold it."""
 
     def __init__(self) -> None:
         super().__init__()

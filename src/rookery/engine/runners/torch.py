@@ -1,4 +1,4 @@
-"""Runs any registered language model with torch, on the CPU or a GPU. The one file of the engine that imports torch."""
+"""Runs any registered language model with torch, on the CPU or a GPU. The engine's one door to torch."""
 
 from __future__ import annotations
 
@@ -10,45 +10,14 @@ import torch
 
 from rookery.checkpoints.checkpoint import Checkpoint
 from rookery.engine.runners.protocol import Wanted, asked, check_rows, select
+from rookery.engine.runners.torch_graphs import CudaGraphs, Steps
+from rookery.engine.runners.torch_rows import TorchRowState, together
 from rookery.errors import BadState
 from rookery.nn.language_model import LanguageModel
-from rookery.state import State, cat
+from rookery.state import State
 
-
-class TorchRowState:
-    """One row of a model's state. Models never change a state that they are given, so a copy shares the tensors.
-
-    Rows that go on together stay in the batch that they were computed in: nothing is joined or taken apart while the
-    same rows are called again.
-    """
-
-    def __init__(self, batch: State, row: int = 0) -> None:
-        self.batch, self.row = batch, row
-
-    @property
-    def state(self) -> State:
-        """The row by itself."""
-        if self.batch.batch > 1:
-            self.batch, self.row = self.batch.select([self.row]), 0
-        return self.batch
-
-    @state.setter
-    def state(self, state: State) -> None:
-        self.batch, self.row = state, 0
-
-    @property
-    def tokens_seen(self) -> int:
-        return int(self.batch.tokens_seen[self.row])
-
-    @property
-    def nbytes(self) -> int:
-        return self.batch.nbytes // self.batch.batch
-
-    def copy(self) -> TorchRowState:
-        return TorchRowState(self.state)  # by itself: what is kept must not keep a whole batch
-
-    def tensors(self) -> dict[str, np.ndarray]:
-        return self.state.arrays()
+STEP = -1
+"""A kind of call: one token of a row whose steps are captured. Other kinds are numbers of kernel features."""
 
 
 class TorchRunner:
@@ -62,6 +31,11 @@ class TorchRunner:
         self.model = model.eval()
         self.family = model.family
         self.config = model.config
+        self.steps: Steps | None = None
+        """Replays one-token steps on a CUDA device; set None, and they are computed as any other call."""
+        device = next(model.parameters()).device
+        if device.type == "cuda" and model.static_step:
+            self.steps = Steps(model, self._logits, CudaGraphs(device))
         self._hosts: dict[int, LanguageModel] = {}
 
     @classmethod
@@ -101,27 +75,34 @@ class TorchRunner:
 
     @torch.inference_mode()
     def forward(self, tokens: Sequence[int], state: TorchRowState, logits: Wanted = "last") -> np.ndarray:
+        if self._kind(tokens, state) == STEP:
+            return self.forward_rows([tokens], [state], [logits])[0]
         device = state.state.tokens_seen.device
         row = torch.tensor(list(tokens), dtype=torch.int64, device=device)[None]
         count = asked(logits, len(tokens))
         features, state.state = self._host(_features(state)).last_features(row, state.state, count)
         if not count:
             return np.empty((0, self.config.vocab_size), np.float32)
-        return self._logits(features[0])
+        return self._logits(features[0]).cpu().numpy()
 
     @torch.inference_mode()
     def forward_rows(
         self, rows: Sequence[Sequence[int]], states: Sequence[TorchRowState], logits: Sequence[Wanted]
     ) -> list[np.ndarray]:
-        """As `forward` for several rows at once: as a batch where they are of equal length, else packed."""
+        """As `forward` for several rows at once: as a batch where they are of equal length, else packed.
+
+        Where one-token steps are captured, rows with one token are called by themselves.
+        """
         if not rows:
             return []
         check_rows(rows, states, logits)
-        kinds = [_features(state) for state in states]
+        kinds = [self._kind(*row) for row in zip(rows, states)]
         if len({*kinds}) > 1:
             return self._rows_of_each_kind(rows, states, logits, kinds)
-        model = self._host(kinds[0])
-        batch = _together(states)
+        if kinds[0] == STEP and (stepped := self._stepped(rows, states, logits)) is not None:
+            return stepped
+        model = self._host(_features(states[0]))
+        batch = together(states)
         device, lengths = batch.tokens_seen.device, [len(row) for row in rows]
         if len({*lengths}) == 1:
             tokens = torch.tensor([list(row) for row in rows], dtype=torch.int64, device=device)
@@ -131,25 +112,40 @@ class TorchRunner:
             ends = torch.tensor([0, *lengths], dtype=torch.int64, device=device).cumsum(0)
             features, batch = model.features(tokens, batch, ends)
         for i, state in enumerate(states):
-            state.batch, state.row = batch, i
+            state.put(batch, i)
         features = features.flatten(0, 1)
         counts = [asked(how, n) for n, how in zip(lengths, logits)]
         places = [end - n + i for end, n in zip(np.cumsum(lengths).tolist(), counts) for i in range(n)]
         if not places:
             return [np.empty((0, self.config.vocab_size), np.float32) for _ in rows]
-        return np.split(self._logits(features[places]), np.cumsum(counts)[:-1])
+        return np.split(self._logits(features[places]).cpu().numpy(), np.cumsum(counts)[:-1])
 
-    def _logits(self, features: torch.Tensor) -> np.ndarray:
+    def _kind(self, tokens: Sequence[int], state: TorchRowState) -> int:
+        """What rows must have in common to be computed in one call."""
+        features = _features(state)
+        captured = self.steps is not None and not self.steps.broken
+        return STEP if captured and len(tokens) == 1 and not features else features
+
+    def _stepped(
+        self, rows: Sequence[Sequence[int]], states: Sequence[TorchRowState], logits: Sequence[Wanted]
+    ) -> list[np.ndarray] | None:
+        """`forward_rows` for one token of each row; None, with nothing done, where steps cannot be captured."""
+        found = self.steps([row[0] for row in rows], states)
+        if found is None:
+            return None
+        return [row[None][: asked(how, 1)] for row, how in zip(found.cpu().numpy(), logits)]
+
+    def _logits(self, features: torch.Tensor) -> torch.Tensor:
         """Logits [n, vocab] for features [n, c]; rows of the embedding that are no tokens cannot be sampled."""
         logits = self.model.head(features[None])[0].float()
         if padding := getattr(self.config, "padding_rows", 0):
             logits[:, -padding:] = -torch.inf
-        return logits.cpu().numpy()
+        return logits
 
     def _rows_of_each_kind(
         self, rows: Sequence[Sequence[int]], states: Sequence[TorchRowState], logits: Sequence[Wanted], kinds: list[int]
     ) -> list[np.ndarray]:
-        """Plain rows in one call, rows with kernel states in another for each number of features."""
+        """A call for each kind: steps, plain rows, rows with so many features of a kernel state."""
         found: dict[int, np.ndarray] = {}
         for kind in {*kinds}:
             places = [i for i, own in enumerate(kinds) if own == kind]
@@ -168,12 +164,3 @@ class TorchRunner:
 def _features(state: TorchRowState) -> int:
     """Kernel features of the row's upscaled state, 0 for a plain one."""
     return getattr(state.batch.config, "features", 0)
-
-
-def _together(states: Sequence[TorchRowState]) -> State:
-    """One state with a row for each of these: the batch that they are the rows of, or a new one."""
-    batch = states[0].batch
-    if all(state.batch is batch for state in states):
-        rows = [state.row for state in states]
-        return batch if rows == list(range(batch.batch)) else batch.select(rows)
-    return cat([state.state for state in states])
