@@ -232,11 +232,15 @@ class SeriesWindows:
         return self.count
 
     def take(self, numbers: np.ndarray) -> np.ndarray:
-        """Windows by number as series: float32 [windows · channels, context + horizon], channel after channel."""
+        """Windows by number as series: float32 [windows · channels, context + horizon], channel after channel.
+
+        Series without an observed value among their first `context` points are left out: nothing follows from nothing.
+        """
         starts = self.first - self.context + np.asarray(numbers)
         rows = starts[:, None] + np.arange(self.context + self.horizon)
         windows = self.values[rows]  # [windows, points, channels]
-        return windows.transpose(0, 2, 1).reshape(-1, rows.shape[1])
+        series = windows.transpose(0, 2, 1).reshape(-1, rows.shape[1])
+        return series[~np.isnan(series[:, : self.context]).all(axis=1)]
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
         """All windows in their order, `size` of them at a time, as `take` gives them."""

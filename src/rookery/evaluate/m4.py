@@ -2,10 +2,12 @@
 
 import csv
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from rookery.data.series import Scaler
 from rookery.evaluate.forecasting import CanForecast, levels_of, predictor, resolved
 from rookery.families.forecast import median_of
 
@@ -30,6 +32,12 @@ def read_m4(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     return found
 
 
+def side_by_side(series: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The series as columns, float64 [points of the longest, series]: all end in one row, NaN before shorter ones."""
+    longest = max(len(values) for values in series.values())
+    return np.stack([np.pad(v, (longest - len(v), 0), constant_values=np.nan) for v in series.values()], axis=1)
+
+
 def evaluate_m4(
     model: CanForecast | str,
     train_csv: str | os.PathLike[str],
@@ -39,20 +47,19 @@ def evaluate_m4(
 ) -> dict[str, float]:
     """sMAPE (in %), MASE and OWA of a forecaster (see `evaluate`) on the hourly series, and their number.
 
-    The model sees the last `lookback` hours of each series. MASE is scaled by the seasonal naive error inside the
-    training part, OWA is the mean of both errors relative to the competition's Naive2.
+    The model sees the last `lookback` hours of each series, scaled by the mean and deviation of what is known of it.
+    MASE is in units of the seasonal naive error inside the training part, OWA is the mean of both errors relative to
+    the competition's Naive2.
     """
     train, test = read_m4(train_csv), read_m4(test_csv)
     if train.keys() != test.keys():
         odd = sorted(train.keys() ^ test.keys())
         raise ValueError(f"series {odd[0]!r} is in one of the two files only")
     model = resolved(model)
-    predict = predictor(model, HORIZON, PERIOD)
-    rows = np.full((len(train), lookback), np.nan, np.float32)
-    for row, series in zip(rows, train.values()):
-        row[lookback - min(lookback, len(series)) :] = series[-lookback:]
-    found = predict(rows)
-    centre = found[..., median_of(levels_of(model))].astype(np.float64)
+    values = side_by_side(train)
+    scaler = Scaler.of(values)
+    found = predictor(model, HORIZON, PERIOD)(scaler.into(values)[-lookback:].T.astype(np.float32))
+    centre = found[..., median_of(levels_of(model))] * scaler.deviation[:, None] + scaler.mean[:, None]
     smape, mase = [], []
     for predicted, series, actual in zip(centre, train.values(), test.values()):
         error = np.abs(predicted - actual)

@@ -69,6 +69,8 @@ def fit(
             numbers = order.permutation(len(train))
             for start in range(0, len(train), config.batch_size):
                 windows = torch.from_numpy(train.take(numbers[start : start + config.batch_size])).to(model.like)
+                if not len(windows):  # nothing observed in any of them
+                    continue
                 loss = forecast_loss(model, windows, train.context, kind)
                 if not math.isfinite(loss.item()):
                     raise ArithmeticError(f"the loss of pass {epoch} is {loss.item()}; lower lr or look at the data")

@@ -112,11 +112,12 @@ def starting_forecaster(config: TrainConfig) -> Forecaster:
 
 @torch.no_grad()
 def held_out_loss(model: Forecaster, windows: SeriesWindows, batch_size: int, kind: Loss) -> float:
-    """Mean loss of what follows the last token of each window."""
+    """Mean loss of the observed points that follow the last token of each window, 0 where there are none."""
     model.eval()
-    total = count = 0.0
-    for batch in windows.batches(batch_size):
+    total = count = 0
+    for batch in filter(len, windows.batches(batch_size)):
         predicted, actual = model.pairs(torch.from_numpy(batch).to(model.like), windows.context)
-        total += float(score(predicted[:, -1], actual[:, -1], model.config.levels, kind)) * len(batch)
-        count += len(batch)
-    return total / count
+        observed = int((~actual[:, -1].isnan()).sum())
+        total += float(score(predicted[:, -1], actual[:, -1], model.config.levels, kind)) * observed
+        count += observed
+    return total / max(1, count)
