@@ -40,3 +40,7 @@ def test_beginnings_are_kept_for_the_next_run(cli, model_path, tmp_path):
     assert len([*(tmp_path / "c").iterdir()]) >= 3
     lines = [sorted((tmp_path / name).read_text().splitlines()) for name in ("one", "two")]
     assert lines[0] == lines[1]
+    sizes = [file.stat().st_size for file in (tmp_path / "c").iterdir()]
+    argv = [tmp_path / "in.jsonl", tmp_path / "three", "--model", model_path, "-n", 5, "--cache", tmp_path / "half"]
+    assert cli("batch", *argv, "--cache-dtype", "float16")[0] == 0
+    assert sum(file.stat().st_size for file in (tmp_path / "half").iterdir()) < sum(sizes)

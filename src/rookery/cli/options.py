@@ -107,6 +107,12 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
     """What is known of prompts from earlier runs."""
     group = parser.add_argument_group("cache")
     group.add_argument("--cache", metavar="DIR", help="keep the states of prompts there; no beginning is read twice")
+    group.add_argument(
+        "--cache-dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="16 bits take half the room, and texts may differ a little (float32: exact)",
+    )
 
 
 @contextmanager
@@ -117,7 +123,7 @@ def cached(llm: LLM, args: argparse.Namespace) -> Iterator[None]:
         return
     from rookery.engine.state_cache import StateCache
 
-    llm.cache = StateCache(folder=args.cache)
+    llm.cache = StateCache(folder=args.cache, dtype=args.cache_dtype)
     try:
         yield
     finally:

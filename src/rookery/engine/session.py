@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
 
 from rookery.checkpoints.tuned_state import start_arrays
 from rookery.engine.position import Position, position_of, write_position

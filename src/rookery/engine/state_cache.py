@@ -13,11 +13,13 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from rookery.engine.half_state import HalfState, check_dtype, halved
 from rookery.engine.position import Position, read_position, write_position
 from rookery.engine.session import Session
 from rookery.errors import BadState
@@ -73,6 +75,9 @@ class StateCache:
     `budget` bounds the bytes of snapshots in memory. With `folder` those that do not fit go there, one file each, up to
     `disk_budget` bytes; files of an earlier run are found again. A file that is damaged is removed and counts as
     forgotten; files of other models are left alone. `close` writes what is only in memory.
+
+    With `dtype` "bfloat16" or "float16" states are rounded to that and take half the bytes, in memory and on disk. A
+    text that goes on from one may then differ from the text without a cache; in float32 nothing does.
     """
 
     def __init__(
@@ -80,10 +85,12 @@ class StateCache:
         budget: int = 256 << 20,
         folder: str | os.PathLike[str] | None = None,
         disk_budget: int = 16 << 30,
+        dtype: str = "float32",
     ) -> None:
         if budget < 0 or disk_budget < 0:
             raise ValueError(f"budgets are bytes, 0 or more, got {budget} and {disk_budget}")
-        self.budget, self.disk_budget = budget, disk_budget
+        check_dtype(dtype)
+        self.budget, self.disk_budget, self.dtype = budget, disk_budget, dtype
         self.folder = None if folder is None else Path(folder)
         self.nbytes = 0
         """Bytes of the snapshots in memory."""
@@ -123,7 +130,7 @@ class StateCache:
                     self._read_file(node)
                 if node.kept is not None:
                     self._used.move_to_end(node)
-                    return Hit(length, node.kept.copy(), shared)
+                    return Hit(length, self._opened(node.kept), shared)
             return Hit(0, None, shared)
 
     def keep(self, tokens: Sequence[int], position: Position) -> None:
@@ -138,7 +145,7 @@ class StateCache:
         with self._lock:
             node = self._insert(np.asarray(tokens, np.int32))
             if node.kept is None:
-                self._hold(node, position.copy())
+                self._hold(node, self._packed(position))
             self._used.move_to_end(node)
             self._shrink()
 
@@ -197,6 +204,18 @@ class StateCache:
         self._used[node] = size
         self.nbytes += size
 
+    def _packed(self, position: Position) -> Position:
+        """What is kept of a place: a copy, in the cache's type."""
+        if self.dtype == "float32":
+            return position.copy()
+        return replace(position, state=halved(position.state, self.dtype))
+
+    def _opened(self, kept: Position) -> Position:
+        """A place to go on from; the caller's own copy."""
+        if not isinstance(kept.state, HalfState):
+            return kept.copy()
+        return replace(kept, state=self._runner.init_state(kept.state.tensors()))
+
     def _shrink(self) -> None:
         while self.nbytes > self.budget and self._used:
             node = next(iter(self._used))
@@ -252,7 +271,7 @@ class StateCache:
             self._forget_file(node)
             return
         self._files.move_to_end(node)
-        self._hold(node, position)
+        self._hold(node, self._packed(position))
         self._shrink_others(node)
 
     def _shrink_others(self, node: _Node) -> None:
