@@ -70,7 +70,8 @@ class LanguageModel(nn.Module):
 
     def fingerprint(self) -> str:
         """Names these weights in state files (see `rookery.checkpoints.state_file.fingerprint`)."""
-        computed = fingerprint_of(self.family, self.config, *self.fingerprint_weights())
+        weights = (w.full_tensor() if hasattr(w, "full_tensor") else w for w in self.fingerprint_weights())
+        computed = fingerprint_of(self.family, self.config, *weights)
         return self._aliases.get(computed, computed)
 
     def known_as(self, fingerprint: str) -> None:

@@ -1,7 +1,7 @@
 """Checkpoints of a run: whole or absent, the newest good one is found again.
 
-One process writes one file, step-N.pt. Several write a folder, step-N, in torch's distributed format, each its pieces
-of the weights. Either is read by any number of processes.
+What every process holds alike one of them writes into one file, step-N.pt. Several that hold pieces of the weights
+write a folder, step-N, in torch's distributed format. Either is read by any number of processes.
 """
 
 import json
@@ -122,6 +122,19 @@ def save_sharded(folder: Path, step: int, tensors: dict[str, Any], facts: dict[s
         os.replace(temporary, final)
         _remove_old(folder, keep)
     dist.barrier()
+
+
+def save_by_first(folder: Path, step: int, content: dict[str, Any], keep: int) -> None:
+    """As `save_checkpoint`, by the first of several processes; CannotSave in all of them if it fails."""
+    reason: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            save_checkpoint(folder, step, content, keep)
+        except CannotSave as failure:
+            reason = [str(failure)]
+    dist.broadcast_object_list(reason)
+    if reason[0]:
+        raise CannotSave(reason[0])
 
 
 def sweep(folder: Path) -> None:

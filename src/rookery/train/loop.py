@@ -19,11 +19,22 @@ from torch.utils.checkpoint import checkpoint
 from rookery.errors import RookeryError
 from rookery.nn.language_model import LanguageModel
 from rookery.train.card import write_card
-from rookery.train.checkpoint import newest_step, restore, save_checkpoint, save_sharded, sweep
+from rookery.train.checkpoint import newest_step, restore, save_by_first, save_checkpoint, save_sharded, sweep
 from rookery.train.config import TrainConfig
 from rookery.train.long_context import share_sequences
 from rookery.train.optim import Optimizer, learning_rate
-from rookery.train.parallel import Place, blocks_of, device_of, moved, shard, units_of, whole
+from rookery.train.parallel import (
+    Place,
+    blocks_of,
+    device_of,
+    learns_in_full,
+    let_go,
+    moved,
+    replicate,
+    shard,
+    units_of,
+    whole,
+)
 from rookery.train.tasks.base import Task
 from rookery.train.track import Console, Metrics, Silent
 
@@ -59,6 +70,8 @@ class Run:
     optimizer: Optimizer
     device: torch.device
     place: Place
+    is_cut: bool = False
+    """Whether each process holds a piece of the weights; else each that there is holds all of them."""
     step: int = 0
     loss: float = math.nan
     tokens: int = 0
@@ -79,6 +92,7 @@ def train(config: TrainConfig) -> Result:
     out.mkdir(parents=True, exist_ok=True)
     run = prepare(config)
     run.task.ready(out)
+    let_go(run.task.model)
     if run.place.first:
         sweep(out / "checkpoints")
     resume(run, out)
@@ -107,17 +121,20 @@ def prepare(config: TrainConfig) -> Run:
         for block in blocks_of(task.model):
             block.compile(backend=config.compile)
     dtype = task.dtype
+    is_cut = place.world > 1 and learns_in_full(task.model, task.trained)
     if place.world > 1:
-        if task.trained is not task.model or not all(p.requires_grad for p in task.model.parameters()):
-            raise TrainingFailed("several processes train all weights of a model so far; run this on one process")
         for part, _ in task.split(task.batch(1), place.groups * config.accumulate):  # refuses before weights are cut
             if place.context > 1:
                 task.segment(part, place.part, place.context)
         if place.context > 1:
             share_sequences(task.model, place.context_group(device))
-        shard(task.model, dtype, device)
-        dtype = torch.float32  # FSDP gathers in the run's dtype; what is kept is float32
-    return Run(config, task, Optimizer(task.trained, config.optim, dtype), device, place)
+        if is_cut:
+            shard(task.model, dtype, device)
+            dtype = torch.float32  # FSDP gathers in the run's dtype; what is kept is float32
+        else:
+            replicate(task.model, task.trained)
+    optimizer = Optimizer(task.trained, config.optim, dtype, None if is_cut else place.add_up)
+    return Run(config, task, optimizer, device, place, is_cut)
 
 
 def resume(run: Run, out: Path) -> None:
@@ -163,6 +180,7 @@ def loop(run: Run, metrics: Metrics, console: Console, asked: list[int], out: Pa
         if config.validate_every and (step % config.validate_every == 0 or step == config.steps):
             with run.optimizer.averaged():
                 row |= run.task.validate()
+                let_go(run.task.model)
             if "validation_loss" in row:
                 console.say(f"step {step}: held-out loss {row['validation_loss']:.4f}")
         metrics.write(step=step, **row)
@@ -183,8 +201,9 @@ def one_step(run: Run, out: Path) -> dict[str, Any]:
     for piece, weight in parts[place.group * config.accumulate :][: config.accumulate]:
         if place.context > 1:
             piece, weight = task.segment(piece, place.part, place.context), weight / place.context
-        # what is averaged over processes must have been multiplied by their number to be the sum
-        for name, value in task.backward(moved(piece, run.device), weight * place.world).items():
+        # what FSDP averages over processes must have been multiplied by their number to be the sum
+        share = weight * (place.world if run.is_cut else 1)
+        for name, value in task.backward(moved(piece, run.device), share).items():
             totals[name] = totals.get(name, 0.0) + weight * value.item()
     logged = dict(zip(totals, place.sum(list(totals.values()), run.device)))
     rate = learning_rate(config.optim, step, config.steps)
@@ -223,20 +242,24 @@ def save(run: Run, out: Path) -> None:
         "config": json.dumps(dataclasses.asdict(run.config)),
     }
     tensors = {"optimizer": run.optimizer.state_dict()}
-    if run.place.world == 1:
-        save_checkpoint(out / "checkpoints", run.step, facts | tensors, run.config.keep)
-    else:
+    if run.is_cut:
         save_sharded(out / "checkpoints", run.step, tensors, facts, run.config.keep)
+    elif run.place.world > 1:
+        save_by_first(out / "checkpoints", run.step, facts | tensors, run.config.keep)
+    else:
+        save_checkpoint(out / "checkpoints", run.step, facts | tensors, run.config.keep)
 
 
 def export(run: Run, out: Path) -> None:
     """Writes the finished result, by one process."""
     with run.optimizer.averaged():
-        if run.place.world > 1:
+        if run.is_cut:
             full = whole(run.task.model, run.task.dtype)
             if full is None:
                 return
             run.task.model = full
+        elif not run.place.first:
+            return
         elif run.device.type != "cpu":  # files are written from memory, and what a task kept from before is there
             run.task.model.to("cpu")
             run.task.trained.to("cpu")

@@ -1,7 +1,7 @@
 """The optimiser as RWKV's own trainer groups it, its schedule, and float32 master weights under a bfloat16 model."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,9 +84,18 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 class Optimizer:
     """Moves float32 master weights of a model that may compute in bfloat16."""
 
-    def __init__(self, model: nn.Module, config: OptimConfig, dtype: torch.dtype) -> None:
-        """`model` holds float32 weights; its parameters become `dtype`, the masters stay behind."""
-        self.config = config
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimConfig,
+        dtype: torch.dtype,
+        add_up: Callable[[Sequence[Tensor]], None] | None = None,
+    ) -> None:
+        """`model` holds float32 weights; its parameters become `dtype`, the masters stay behind.
+
+        `add_up` sums gradients, in place, over processes that have copies of the model.
+        """
+        self.config, self._add_up = config, add_up
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         # where the model computes in float32 its parameters are the masters
         self.apart = dtype != torch.float32 or any(p.dtype != torch.float32 for p in self.parameters)
@@ -116,6 +125,8 @@ class Optimizer:
             for parameter, master in zip(self.parameters, self.masters):
                 master.grad = parameter.grad.to(torch.float32)
                 parameter.grad = None
+        if self._add_up:
+            self._add_up([master.grad for master in self.masters if master.grad is not None])
         norm = nn.utils.clip_grad_norm_(self.masters, self.config.clip)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if math.isfinite(norm):
@@ -186,17 +197,22 @@ class Optimizer:
             self.taken += 1
             steps = float(self.taken)
             decay = min(self.config.ema, (1 + steps) / (10 + steps))
-            torch._foreach_lerp_(self.average, [m.detach() for m in self.masters], 1 - decay)
+            torch._foreach_lerp_(_here(self.average), _here(self.masters), 1 - decay)
 
     @torch.no_grad()
     def _become(self, weights: list[Tensor]) -> None:
-        torch._foreach_copy_([m.detach() for m in self.masters], weights)
+        torch._foreach_copy_(_here(self.masters), _here(weights))
         self._publish()
 
     @torch.no_grad()
     def _publish(self) -> None:
         if self.apart:
             torch._foreach_copy_(self.parameters, self.masters)
+
+
+def _here(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors, or this process's pieces of them, without gradients; they share memory."""
+    return [t.detach().to_local() if hasattr(t, "to_local") else t.detach() for t in tensors]
 
 
 def _set_rate(group: dict[str, Any], rate: float) -> None:

@@ -1,9 +1,9 @@
-"""Several processes that train one model: who this one is, what they tell each other, and weights in pieces (FSDP2)."""
+"""Several processes that train one model: who this is, what they tell each other, weights in pieces or in copies."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,15 @@ class Place:
         tensor = torch.tensor(values, dtype=torch.float64, device=device)
         dist.all_reduce(tensor)
         return tensor.tolist()
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Puts the sum over all processes into each of the tensors, which are of one type."""
+        if self.world == 1:
+            return
+        joined = torch.cat([tensor.flatten() for tensor in tensors])  # one message in place of many small ones
+        dist.all_reduce(joined)
+        for tensor, total in zip(tensors, joined.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(total.view_as(tensor))
 
 
 def start(local_rank: int) -> None:
@@ -136,6 +145,30 @@ def shard(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     # the rest (embedding, norms, head) stays whole from the forward to the backward pass
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     register_fsdp_forward_method(model, "features")
+
+
+def learns_in_full(model: nn.Module, trained: nn.Module) -> bool:
+    """Whether all weights of the model are trained and nothing else is: then every process can keep a piece of them."""
+    return trained is model and all(p.requires_grad for p in model.parameters())
+
+
+def replicate(*modules: nn.Module) -> None:
+    """Gives every process what the first one holds of the modules: copies that stay equal as long as they move alike.
+
+    For adapters, start states and other small parts of a model that stands still: `Place.add_up` sums their gradients.
+    """
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor.detach(), 0)
+
+
+def let_go(model: nn.Module) -> None:
+    """A cut model forgets weights that it gathered for a forward pass that no backward pass followed.
+
+    They would be used in the next one, though the pieces may have changed.
+    """
+    if hasattr(model, "reshard"):
+        model.reshard()
 
 
 def whole(model: nn.Module, dtype: torch.dtype) -> nn.Module | None:

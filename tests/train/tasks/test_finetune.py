@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.language import randomised
+from support.training import assert_resumes_exactly
 
 from rookery.adapt.peft import load_adapter
 from rookery.adapt.state_tuning import load_start
@@ -15,7 +16,6 @@ from rookery.models import load, save_model
 from rookery.recipes import RECIPES, recipe
 from rookery.train.config import FinetuneConfig, overlay
 from rookery.train.loop import TrainingFailed, prepare, train
-from rookery.train.parallel import Place
 from rookery.train.tasks.finetune import FinetuneTask
 
 pytest.importorskip("peft")
@@ -149,7 +149,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path, method, dty
     assert [row["loss"] for row in rows(config)] == [row["loss"] for row in rows(whole)]
 
 
-@pytest.mark.parametrize("learn", ["sft", "dpo"])
+@pytest.mark.parametrize("learn", ["sft", "dpo", "orpo"])
 @pytest.mark.parametrize("parts", [1, 2, 3])
 def test_parts_of_a_step_add_up_to_it(config, learn, parts, tmp_path):
     data = {} if learn == "sft" else {"path": str(tmp_path / "pairs.jsonl")}
@@ -167,10 +167,23 @@ def test_parts_of_a_step_add_up_to_it(config, learn, parts, tmp_path):
     torch.testing.assert_close(total, run.task.loss(batch)["loss"].detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_orpo_cannot_be_cut(config, tmp_path):
-    config = overlay(config, {"learn": "orpo", "data": {"path": str(tmp_path / "pairs.jsonl")}, "accumulate": 2})
-    with pytest.raises(ValueError, match="ORPO's loss cannot be added up from parts"):
-        train(config)
+@pytest.mark.parametrize("learn", ["dpo", "orpo"])
+def test_a_part_for_which_no_pair_is_left_weighs_nothing(config, learn, tmp_path):
+    task = prepare(overlay(config, {"learn": learn, "data": {"path": str(tmp_path / "pairs.jsonl")}})).task
+    batch = task.batch(1)
+    weights = [weight for _, weight in task.split(batch, len(batch.indices) + 2)]
+    assert weights[-2:] == [0, 0]
+    assert sum(weights) == pytest.approx(1)
+
+
+def test_dropout_is_a_function_of_the_step(config):
+    config = overlay(config, {"adapt": {"dropout": 0.5}, "accumulate": 2})
+    assert_resumes_exactly(
+        dataclasses.replace(config, out=config.out + "-whole", merge=True),
+        dataclasses.replace(config, merge=True),
+        FinetuneTask,
+        step=3,
+    )
 
 
 def test_a_text_is_learned_in_pieces(config, tmp_path):
@@ -209,12 +222,6 @@ def test_every_recipe_says_what_it_is_for():
 def test_wrong_settings_are_explained(config, settings, message):
     with pytest.raises(ValueError, match=message):
         prepare(overlay(config, settings))
-
-
-def test_several_processes_are_refused_before_they_train_in_vain(config, monkeypatch):
-    monkeypatch.setattr("rookery.train.tasks.finetune.Place.here", lambda: Place(world=2))
-    with pytest.raises(ValueError, match="several processes can train all weights on texts and answers only"):
-        FinetuneTask(config)
 
 
 def test_a_folder_with_another_run_is_refused(config):

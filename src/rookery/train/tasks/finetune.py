@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +48,8 @@ class Chosen(NamedTuple):
 
     packed: PackedBatch
     indices: np.ndarray
+    answers: float = 1.0
+    """Of a part of a step of pairs: its share of the chosen answers' learned tokens over its share of the pairs."""
 
 
 class FinetuneTask(Task):
@@ -58,12 +60,6 @@ class FinetuneTask(Task):
             raise ValueError("no model to fine-tune: give base, for example --set base=model.pth or base=embedded")
         if not config.data.path:
             raise ValueError("nothing to learn from: give data.path, for example --set data.path=chats.jsonl")
-        if Place.here().world > 1 and (config.adapt.method, config.learn) != ("full", "sft"):
-            # said now, not after training: adapters and start states are neither cut nor gathered
-            raise ValueError(
-                "several processes can train all weights on texts and answers only (adapt.method=full, learn=sft); "
-                "start one process, with accumulate for larger steps"
-            )
         self.config = config
         # the state that texts start from is float32 always, as every state; the model it starts has the run's dtype
         self.dtype = torch.float32 if config.adapt.method == "state" else getattr(torch, config.dtype)
@@ -125,7 +121,7 @@ class FinetuneTask(Task):
             restart_pissa(self.model, adapt, self.initial)
             return
         self.initial = attach(self.model, adapt, self.config.seed)
-        if self.initial:
+        if self.initial and Place.here().first:
             kept.parent.mkdir(parents=True, exist_ok=True)
             with replacing(kept) as temporary:
                 save_file({name: tensor.contiguous() for name, tensor in self.initial.items()}, temporary)
@@ -165,20 +161,23 @@ class FinetuneTask(Task):
             self.references = References.of_model(self.model, pairs, out / "reference.safetensors", self.start)
 
     def batch(self, step: int) -> Chosen:
+        self.step, self.part = step, 0
         indices = self.packs.indices(step)
         return Chosen(_packed([self.documents[i] for i in indices]), indices)
 
     def split(self, batch: Chosen, parts: int) -> list[tuple[Chosen, float]]:
-        """Whole documents in each part. ORPO's loss is no sum over documents: ValueError."""
-        learn = self.config.learn
-        if learn == "sft":
+        """Whole documents, or pairs, in each part. Parts that none are left for get one whose share is 0."""
+        if self.config.learn == "sft":
             return [(Chosen(part, batch.indices), weight) for part, weight in parted(batch.packed, parts)]
-        if learn == "orpo" and parts > 1:
-            raise ValueError("ORPO's loss cannot be added up from parts: use accumulate=1 and one process")
-        if len(batch.indices) < parts:
-            raise ValueError(f"a step of {len(batch.indices)} pairs cannot be divided among {parts} parts")
-        pieces = [Chosen(_packed([self.documents[i] for i in of]), of) for of in np.array_split(batch.indices, parts)]
-        return [(piece, len(piece.indices) / len(batch.indices)) for piece in pieces]
+        learned = _answers(self.documents[i] for i in batch.indices)
+        found = []
+        for of in np.array_split(batch.indices, parts):
+            share = len(of) / len(batch.indices)
+            of = of if len(of) else batch.indices[:1]
+            some = [self.documents[i] for i in of]
+            answers = _answers(some) / learned / share if share else 0.0
+            found.append((Chosen(_packed(some), of, answers), share))
+        return found
 
     def _weight(self, packed: PackedBatch, documents: int) -> int:
         """What a mean loss is a mean over: learned tokens, or pairs."""
@@ -188,12 +187,21 @@ class FinetuneTask(Task):
         return batch.packed.inputs.numel()
 
     def loss(self, batch: Chosen) -> dict[str, Tensor]:
+        if not (self.config.adapt.dropout and torch.is_grad_enabled()):
+            return self._loss(batch)
+        self.part += 1
+        with torch.random.fork_rng():  # dropout is a function of the step and its part, so that a resumed run is exact
+            part = Place.here().rank * self.config.accumulate + self.part
+            torch.manual_seed((self.config.seed * 1_000_003 + self.step) * 100_003 + part)
+            return self._loss(batch)
+
+    def _loss(self, batch: Chosen) -> dict[str, Tensor]:
         config = self.config
         if config.learn == "sft":
             return {"loss": sft_loss(self.model, batch.packed, config.l2wrap, self.start)}
         sums, counts = document_log_probs(self.model, batch.packed, self.start)
         if config.learn == "orpo":
-            return orpo_loss(sums, counts, config.preference.weight)
+            return orpo_loss(sums, counts, config.preference.weight, batch.answers)
         reference = self.references.of(batch.indices.tolist()).to(sums)
         return dpo_loss(sums, reference, config.preference.beta, config.preference.smoothing)
 
@@ -252,6 +260,11 @@ def _split(documents: Sequence[Any], share: float) -> tuple[Sequence[Any], Seque
     """Documents to learn from and to hold out, these from the end; one alone is learned from."""
     held = min(len(documents) - 1, max(1, round(len(documents) * share))) if share else 0
     return documents[: len(documents) - held], documents[len(documents) - held :]
+
+
+def _answers(pairs: Iterable[Preference]) -> int:
+    """Learned tokens of the answers to prefer."""
+    return sum(int(pair.chosen.learned[1:].sum()) for pair in pairs)
 
 
 def _packed(documents: Sequence[Sample | Preference]) -> PackedBatch:

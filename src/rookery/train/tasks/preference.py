@@ -20,7 +20,7 @@ from rookery.data.packing import IGNORED, PackedBatch, collate
 from rookery.nn.language_model import LanguageModel
 from rookery.ops.linear_cross_entropy import linear_cross_entropy
 from rookery.state import State
-from rookery.train.parallel import moved
+from rookery.train.parallel import Place, moved
 
 Start = Callable[[int], State]
 
@@ -64,21 +64,23 @@ def dpo_loss(log_probs: Tensor, reference: Tensor, beta: float = 0.1, smoothing:
     return {"loss": loss.mean(), "accuracy": (scaled > 0).float().mean(), "margin": scaled.detach().mean()}
 
 
-def orpo_loss(log_probs: Tensor, counts: Tensor, weight: float = 0.1) -> dict[str, Tensor]:
+def orpo_loss(log_probs: Tensor, counts: Tensor, weight: float = 0.1, answers: float = 1.0) -> dict[str, Tensor]:
     """ORPO's loss of n pairs from ln p [2n] and the numbers of learned tokens [2n], chosen first; needs no reference.
 
     Cross-entropy of the chosen answers plus `weight` (λ) times −ln σ(ln odds(chosen) − ln odds(rejected)), with
     odds(y) = p / (1 − p) of the geometric mean p over the answer's tokens. Also "accuracy" and "margin", of the odds.
+    The first term is a mean over tokens, the second over pairs: in a part of a step, whose weight is its share of the
+    pairs, `answers` weighs the first by its tokens.
     """
     means = log_probs / counts
     # ln p − ln(1 − p) without taking e^ln p from 1 where both are nearly 1
     odds = means - torch.log(-torch.expm1(means.clamp(max=-1e-7)))
     chosen, rejected = odds.chunk(2)
-    answers = len(chosen)
-    learned = -log_probs[:answers].sum() / counts[:answers].sum()
+    pairs = len(chosen)
+    learned = -log_probs[:pairs].sum() / counts[:pairs].sum()
     preferred = -logsigmoid(chosen - rejected).mean()
     return {
-        "loss": learned + weight * preferred,
+        "loss": answers * learned + weight * preferred,
         "accuracy": (chosen > rejected).float().mean(),
         "margin": (chosen - rejected).detach().mean(),
     }
@@ -101,24 +103,49 @@ class References:
     ) -> References:
         """Reads them from `path`, or computes them with `model` and writes them there.
 
-        A file that belongs to other pairs or another model is not used and written anew.
+        A file that belongs to other pairs or another model is not used and written anew. Several processes, all of
+        which must call this, compute a share each; the first one reads and writes.
         """
-        from safetensors import safe_open
         from safetensors.torch import save_file
 
-        key = _key(model, pairs)
-        if os.path.exists(path):
-            with safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("key") == key:
-                    return References(file.get_tensor("log_probs"))
-        device = next(model.parameters()).device
-        with torch.no_grad():
-            packed = (moved(collate_pairs([pair]), device) for pair in pairs)
-            rows = [document_log_probs(model, batch, start)[0] for batch in packed]
-        found = torch.stack(rows).float().cpu()
-        with replacing(path) as temporary:
-            save_file({"log_probs": found}, temporary, metadata={"key": key})
+        key, place, device = _key(model, pairs), Place.here(), model.head.weight.device
+        kept = _read(path, key) if place.first else None
+        if place.sum([float(kept is not None)], device)[0]:
+            told = torch.zeros(len(pairs), 2, device=device) if kept is None else kept.to(device)
+            place.add_up([told])
+            return References(told.cpu())
+        found = _log_probs(model, pairs, start, place)
+        if place.first:
+            with replacing(path) as temporary:
+                save_file({"log_probs": found}, temporary, metadata={"key": key})
         return References(found)
+
+
+def _read(path: str | os.PathLike[str], key: str) -> Tensor | None:
+    from safetensors import safe_open
+
+    if not os.path.exists(path):
+        return None
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor("log_probs") if (file.metadata() or {}).get("key") == key else None
+
+
+@torch.no_grad()
+def _log_probs(model: LanguageModel, pairs: Sequence[Preference], start: Start | None, place: Place) -> Tensor:
+    """ln p of all pairs on the CPU, float32 [pairs, 2]; every process computes every world-th."""
+    device, modes = model.head.weight.device, {module: module.training for module in model.modules()}
+    model.eval()  # no dropout
+    found = torch.zeros(len(pairs), 2, device=device)
+    for first in range(0, len(pairs), place.world):
+        # as many calls in each process, because weights in pieces are put together by all of them
+        index = min(first + place.rank, len(pairs) - 1)
+        log_probs, _ = document_log_probs(model, moved(collate_pairs([pairs[index]]), device), start)
+        if first + place.rank < len(pairs):
+            found[index] = log_probs.float()
+    for module, training in modes.items():
+        module.training = training
+    place.add_up([found])
+    return found.cpu()
 
 
 def _key(model: LanguageModel, pairs: Sequence[Preference]) -> str:
