@@ -1,13 +1,14 @@
 """The recurrences in Triton on an NVIDIA GPU: milliseconds, TFLOP/s and ratios, in one interleaved run.
 
-    python benchmarks/gpu_wkv.py [wkv4 wkv5 wkv6 wkv7] [--width 4096] [--batch 1] [--rounds 15] [--save]
+    python benchmarks/gpu_wkv.py [wkv4 wkv5 wkv6 wkv7] [--official DIR] [--width 4096] [--batch 1] [--save]
 
 The first rows of an operator are one layer in bfloat16, forward and forward with backward, at 1k to 16k tokens, against
 the chunked backend in plain torch (wkv4 has none) and, for wkv6 and wkv7 where it is installed, fla's kernel as its own
-layer calls it. TFLOP/s count the recurrence for a token and head of N channels, whatever an algorithm spends: 9 N²
-forward and 24 N² backward of wkv7, 5 N² and 11 N² of wkv5 and wkv6; that of wkv4 has so few that its rows count the
-bytes of inputs, outputs and gradients instead. The last rows are one token a row, in milliseconds and in the share of
-the bandwidth that copying the state reaches.
+layer calls it. `--official DIR` adds RWKV-LM's kernel of wkv7, built from its folder RWKV-v7/train_temp/cuda: given our
+decay, from which a few elementwise kernels make what it takes. TFLOP/s count the recurrence for a token and head of N
+channels, whatever an algorithm spends: 9 N² forward and 24 N² backward of wkv7, 5 N² and 11 N² of wkv5 and wkv6; that
+of wkv4 has so few that its rows count the bytes of inputs, outputs and gradients instead. The last rows are one token a
+row, in milliseconds and in the share of the bandwidth that copying the state reaches.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,12 +35,16 @@ FLOPS = {
 """Per token, head and channel squared."""
 MOVED = {FORWARD: 3, TRAIN: 9}
 """Tensors [b, t, c] that wkv4 reads or writes: k, v, y; k, v and dy again, dk, dv."""
-FLA_SETTINGS = {"chunk_size": 64, "safe_gate": True, "lower_bound": -0.6065306597126334}
+LEAST_LOG_DECAY = -0.6065306597126334
+FLA_SETTINGS = {"chunk_size": 64, "safe_gate": True, "lower_bound": LEAST_LOG_DECAY}
+OFFICIAL_CHUNK = 16
+"""Tokens between two states that RWKV-LM's kernel keeps for its backward pass."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", default=["wkv4", "wkv5", "wkv6", "wkv7"])
+    parser.add_argument("--official", metavar="DIR", help="rwkv7_clampw.cu and .cpp of RWKV-LM, to be built and timed")
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
@@ -46,6 +52,8 @@ def main() -> None:
     given = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(1, "gpu_wkv needs an NVIDIA GPU that torch can use; torch.cuda.is_available() is False\n")
+    if given.official:
+        build_official(Path(given.official))
     rows = []
     for op in given.ops:
         heads = {"heads": given.width // HEAD, "key": HEAD, "value": HEAD}
@@ -74,6 +82,9 @@ def layer(op: str, case: Any, direction: str, rounds: int) -> dict[str, Any]:
     contenders = {name: x.run for name, x in backends_of(op).items() if name in ("triton", "chunked")}
     if op in FLA and find_spec("fla"):
         contenders["fla"] = FLA[op]
+    if op == "wkv7" and hasattr(torch.ops.rwkv7_clampw, "forward"):
+        contenders["official"] = official_wkv7
+    if len(contenders) > 2:
         check(contenders, arguments)
     seconds = interleaved(
         {name: repeated(call(run, arguments, direction)) for name, run in contenders.items()}, rounds=rounds, warmup=3
@@ -124,7 +135,8 @@ def call(run: Callable, arguments: dict[str, Any], direction: str) -> Callable[[
 
     def train() -> Any:
         y, _ = run(**(arguments | floats))
-        return torch.autograd.grad(y, list(floats.values()), torch.ones_like(y))
+        # the official kernel knows no start state
+        return torch.autograd.grad(y, list(floats.values()), torch.ones_like(y), allow_unused=True)
 
     return train
 
@@ -165,6 +177,52 @@ def fla_wkv6(*, r, log_w, k, v, u, state, cu_seqlens=None):
     begin = state.mT.contiguous()
     y, last = chunk_rwkv6(r, k, v, log_w, u, scale=1.0, initial_state=begin, output_final_state=True)
     return y, last.mT
+
+
+def build_official(folder: Path) -> None:
+    """Compiles RWKV-LM's training kernel; torch.ops.rwkv7_clampw has it then. Needs nvcc."""
+    from torch.utils.cpp_extension import load
+
+    sources = [folder / name for name in ("rwkv7_clampw.cu", "rwkv7_clampw.cpp")]
+    for source in sources:
+        if not source.is_file():
+            raise SystemExit(f"there is no {source}; --official takes the folder RWKV-v7/train_temp/cuda of RWKV-LM")
+    fast = [
+        "--use_fast_math",
+        "-O3",
+        "--extra-device-vectorization",
+        f"-D_N_={HEAD}",
+        f"-D_CHUNK_LEN_={OFFICIAL_CHUNK}",
+    ]
+    load(name="rwkv7_clampw", sources=list(map(str, sources)), is_python_module=False, extra_cuda_cflags=fast)
+
+
+class OfficialWKV7(torch.autograd.Function):
+    """r, raw decay, k, v, a, b [b, t, h, n] in bfloat16, t a multiple of 16, from the zero state (core.md 5.3)."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        b, t, h, n = inputs[0].shape
+        y = torch.empty_like(inputs[3])
+        kept = [inputs[0].new_empty(b, h, t // OFFICIAL_CHUNK, n, n, dtype=torch.float32)]
+        kept.append(inputs[0].new_empty(b, t, h, n, dtype=torch.float32))
+        torch.ops.rwkv7_clampw.forward(*inputs, y, *kept)
+        ctx.save_for_backward(*inputs, *kept)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        *inputs, states, products = ctx.saved_tensors
+        grads = [torch.empty_like(x) for x in inputs]
+        torch.ops.rwkv7_clampw.backward(*inputs, grad.contiguous(), states, products, *grads)
+        return tuple(grads)
+
+
+def official_wkv7(*, r, log_w, k, v, a, b, state, cu_seqlens=None):
+    """RWKV-LM's kernel on our arguments; it has neither a start state nor an end state."""
+    share = (log_w.float() / LEAST_LOG_DECAY).clamp(1e-6, 1 - 1e-6)
+    raw = torch.logit(share).to(torch.bfloat16)
+    return OfficialWKV7.apply(*(x.contiguous() for x in (r, raw, k, v, a, b))), state
 
 
 FLA = {"wkv6": fla_wkv6, "wkv7": fla_wkv7}
