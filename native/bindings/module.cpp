@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <span>
 #include <string>
 #include <vector>
 
@@ -14,14 +15,16 @@ namespace nb = nanobind;
 
 NB_MODULE(_native, m) {
   m.doc() = "CPU kernels and runtime of rookery.";
-  m.def(
-      "available_isas",
-      [] {
-        std::vector<std::string> names;
-        for (rookery::Isa isa : rookery::available_isas()) names.emplace_back(rookery::name(isa));
-        return names;
-      },
-      "Instruction sets that this build has and this machine runs, the best one last.");
+  const auto names = [](std::span<const rookery::Isa> isas) {
+    std::vector<std::string> all;
+    for (const rookery::Isa isa : isas) all.emplace_back(rookery::name(isa));
+    return all;
+  };
+  m.def("available_isas", [names] { return names(rookery::available_isas()); },
+        "Instruction sets that this build has and this machine runs, the best one last.");
+  m.def("imitated_isas", [names] { return names(rookery::imitated_isas()); },
+        "Instruction sets that are only used where they are named: slow imitations of ones that the machine may lack.");
+  m.def("isa_note", &rookery::isa_note, "Why an instruction set that the processor has is not used, or \"\".");
   m.def("available_cores", &rookery::available_cores, "Cores that this process may use.");
   rookery::bind_bi_wkv(m);
   rookery::bind_cross_entropy(m);

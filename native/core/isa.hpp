@@ -2,22 +2,28 @@
 #pragma once
 
 #include <span>
+#include <string>
 #include <string_view>
 
 namespace rookery {
 
-enum class Isa { portable, avx2, avx512, neon };
+// `amx_int8` and `amx` are AVX-512 with products by tiles: of packed matrices only, or of bfloat16 ones, too.
+// `amx_imitated` is `amx` without such a processor.
+enum class Isa { portable, avx2, avx512, amx_int8, amx, neon, amx_imitated };
 
-// Names in ascending order of preference; those of another architecture are left out.
 std::string_view name(Isa isa);
 // Instruction sets that were compiled in and that this machine runs, the best one last.
 std::span<const Isa> available_isas();
+// Those that are never chosen, only named: slow ones that compute what others do.
+std::span<const Isa> imitated_isas();
 // The set of that name; "" means the best. Throws std::invalid_argument that lists what there is.
 Isa find_isa(std::string_view wanted);
+// Why a set that the processor has is not used; "" if there is none.
+const std::string& isa_note();
 
 }  // namespace rookery
 
-// Declares `TABLE` (a struct of function pointers) once per instruction set, and `kernels_of<TABLE>(isa)` to choose.
+// Declares `TABLE` (a struct of function pointers) once per instruction set, and `INSTANCE_kernels(isa)` to choose.
 // Each kernel file defines `const TABLE ROOKERY_ISA::INSTANCE`.
 #if defined(__x86_64__)
 #define ROOKERY_DECLARE_KERNELS(TABLE, INSTANCE)                    \
@@ -25,9 +31,9 @@ Isa find_isa(std::string_view wanted);
   namespace avx2 { extern const TABLE INSTANCE; }                   \
   namespace avx512 { extern const TABLE INSTANCE; }                 \
   inline const TABLE& INSTANCE##_kernels(Isa isa) {                 \
-    if (isa == Isa::avx512) return avx512::INSTANCE;                \
+    if (isa == Isa::portable) return portable::INSTANCE;            \
     if (isa == Isa::avx2) return avx2::INSTANCE;                    \
-    return portable::INSTANCE;                                      \
+    return avx512::INSTANCE;                                        \
   }
 #elif defined(__aarch64__)
 #define ROOKERY_DECLARE_KERNELS(TABLE, INSTANCE)                    \

@@ -75,5 +75,11 @@ template <class Step>
   if (j < count) step(j, Part{static_cast<std::size_t>(count - j)});
 }
 
+// Writes lanes `first` … `last` − 1 of a vector to y, or adds them to what is there.
+inline void give(float* y, vfloat v, bool add, std::int64_t first, std::int64_t last) {
+  if (first <= 0 && last >= lanes) return store(y, add ? load(y) + v : v);
+  for (std::int64_t l = first > 0 ? first : 0; l < (last < lanes ? last : lanes); ++l) y[l] = add ? y[l] + v[l] : v[l];
+}
+
 }  // namespace ROOKERY_ISA
 }  // namespace rookery

@@ -8,6 +8,9 @@
 #include "core/pairs.hpp"
 #include "core/scratch.hpp"
 #include "core/simd.hpp"
+#if defined(ROOKERY_TILES)
+#include "kernels/tile_columns.hpp"
+#endif
 
 namespace rookery {
 namespace ROOKERY_ISA {
@@ -120,6 +123,36 @@ inline void add_columns(
   });
 }
 
+// All columns of a part, places i … stop − 1 of the list.
+template <class T>
+inline void add_part(
+    const Matrix& w, const Product& p, const Inputs& list, int64_t i, int64_t stop, int64_t begin, int64_t count,
+    float* sums, int64_t stride, Ahead<T>& ahead) {
+#if defined(ROOKERY_TILES)
+  if constexpr (std::is_same_v<T, std::uint16_t>)
+    if (p.rounded.values) {
+      while (i < stop) {
+        const int64_t from = i, end = list[i] / block_inputs * block_inputs + block_inputs;
+        while (i < stop && list[i] < end) ++i;
+        ColumnsOfBlock block;
+        for (const int odd : {0, 1}) {
+          for (int64_t n = from; n < i; ++n) {
+            if (list[n] % 2 != odd) continue;
+            block.column[block.all] = weights<T>(w) + list[n] * w.pitch() + begin;
+            for (int64_t t = 0; t < p.tokens; ++t) block.x[block.all][t] = input(p, t, list[n]);
+            ++block.all;
+          }
+          if (!odd) block.even = block.all;
+        }
+        add_block<few_tokens>(p.tokens, block, count, sums, stride, [&] { ahead.one(); });
+      }
+      return;
+    }
+#endif
+  for (; i + abreast <= stop; i += abreast) add_columns<T, abreast>(w, p, list, i, begin, count, sums, stride, ahead);
+  for (; i < stop; ++i) add_columns<T, 1>(w, p, list, i, begin, count, sums, stride, ahead);
+}
+
 // Few tokens: long pieces of columns are read one after the other, and the sums lie in the first-level cache.
 template <class T>
 void few_tokens_by_columns(const Matrix& w, const Product& p, int64_t begin, int64_t end) {
@@ -141,9 +174,8 @@ void few_tokens_by_columns(const Matrix& w, const Product& p, int64_t begin, int
     for (int64_t part = first, i = list.active ? 0 : first * part_inputs; part < last; ++part) {
       all([&](int64_t at, int64_t, auto) { store(sums + at, vfloat{}); });
       const int64_t stop = list.end_of_part(part, i);
-      for (; i + abreast <= stop; i += abreast)
-        add_columns<T, abreast>(w, p, list, i, begin, count, sums, stride, ahead);
-      for (; i < stop; ++i) add_columns<T, 1>(w, p, list, i, begin, count, sums, stride, ahead);
+      add_part<T>(w, p, list, i, stop, begin, count, sums, stride, ahead);
+      i = stop;
       if (p.part_stride)
         all([&](int64_t at, int64_t to, auto some) {
           put(p.y + part * p.part_stride + to, load(sums + at), p.add, some);
@@ -320,7 +352,11 @@ void by_columns(const Matrix& w, const Product& p, int64_t begin, int64_t end) {
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<T, std::uint16_t>)
     if (p.rounded.values) {
+#if defined(ROOKERY_TILES)
+      many = columns_by_tiles;
+#else
       many = many_tokens_by_columns<T, Pairs>;
+#endif
       few = few_tokens_by_columns<T>;
     }
 #endif

@@ -3,10 +3,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 
 #include "core/math.hpp"
 #include "core/scratch.hpp"
 #include "kernels/bytes.hpp"
+#if defined(ROOKERY_TILES)
+#include "kernels/tile_integers.hpp"
+#endif
 
 namespace rookery {
 namespace ROOKERY_ISA {
@@ -112,16 +116,8 @@ void tile(
     for (int i = 0; i < tokens * parts; ++i) totals[i] += part_totals[i];
   }
   for (int m = 0; m < tokens; ++m)
-    for (int i = 0; i < parts; ++i) {
-      float* to = y + (t + m) * p.y_stride + i * lanes;
-      if (i * lanes >= first && (i + 1) * lanes <= last) {
-        store(to, p.add ? load(to) + totals[m * parts + i] : totals[m * parts + i]);
-      } else {
-        const vfloat total = totals[m * parts + i];
-        for (int64_t l = std::max<int64_t>(first - i * lanes, 0); l < std::min<int64_t>(lanes, last - i * lanes); ++l)
-          to[l] = p.add ? to[l] + total[l] : total[l];
-      }
-    }
+    for (int i = 0; i < parts; ++i)
+      give(y + (t + m) * p.y_stride + i * lanes, totals[m * parts + i], p.add, first - i * lanes, last - i * lanes);
 }
 
 template <class F, bool asks, int tokens = tile_tokens>
@@ -136,6 +132,11 @@ inline void last_tile(
 // All tokens from `t` on; y points at the panel's first output.
 template <class F>
 void tiles(const Panel& from, const Levels& levels, const Product& p, float* y, int64_t first, int64_t last) {
+#if defined(ROOKERY_TILES)
+  if constexpr (F::bits == 8)
+    if (p.tokens >= tile_rows)
+      return panel_by_tiles<F::group>(from.data, from.scales, from.scale_stride, p, y, first, last);
+#endif
   int64_t t = 0;
   if (p.tokens < tile_tokens) return last_tile<F, true>(from, levels, p, t, y, first, last);
   tile<F, tile_tokens, true>(from, levels, p, t, y, first, last);
@@ -166,6 +167,10 @@ void by_rows(const Matrix& w, const Product& p, int64_t begin, int64_t end) {
   const bool unpacks = F::bits == 4 && p.tokens > tile_tokens;
   auto* numbers = unpacks ? reinterpret_cast<std::uint8_t*>(scratch(static_cast<std::size_t>(packing.padded(w.in) * 4)))
                           : nullptr;
+#if defined(ROOKERY_TILES)
+  std::optional<Tiles> tiles_of_thread;
+  if (p.tokens >= tile_rows) tiles_of_thread.emplace(integer_tiles<F::group>());
+#endif
   for (int64_t o = begin / panel * panel; o < end; o += panel) {
     const auto* at = static_cast<const std::uint8_t*>(w.data) + o / panel * bytes;
     Panel from{at + scale_bytes, scales_at(at), panel};
@@ -359,6 +364,10 @@ void many_tokens_by_columns(const Matrix& w, const Product& p, int64_t begin, in
   const auto* data = static_cast<const std::uint8_t*>(w.data);
   const Levels levels(levels_of(w));
   auto* numbers = reinterpret_cast<std::uint8_t*>(scratch(static_cast<std::size_t>(panel_bytes * width / panel / 4)));
+#if defined(ROOKERY_TILES)
+  std::optional<Tiles> tiles_of_thread;
+  if (p.tokens >= tile_rows) tiles_of_thread.emplace(integer_tiles<F::group>());
+#endif
   for (int64_t i = begin / width; i * width < end; ++i) {
     for (int64_t g = 0; g < groups; ++g) {
       const std::uint8_t* rows = data + g * packing.group_bytes(w.out) + scale_count * 2 + i * line;

@@ -11,6 +11,9 @@
 #include "core/simd.hpp"
 #include "kernels/column_product.hpp"
 #include "kernels/integer_product.hpp"
+#if defined(ROOKERY_TILES)
+#include "kernels/tile_rows.hpp"
+#endif
 
 namespace rookery {
 namespace ROOKERY_ISA {
@@ -278,7 +281,10 @@ void widened_first(const Matrix& w, const Product& p, int64_t begin, int64_t end
 
 template <class T>
 void by_rows(const Matrix& w, const Product& p, int64_t begin, int64_t end) {
-#if defined(__AVX512BF16__)
+#if defined(ROOKERY_TILES)
+  if constexpr (std::is_same_v<T, std::uint16_t>)
+    if (p.rounded.values) return rows_by_tiles(w, p, begin, end);
+#elif defined(__AVX512BF16__)
   if constexpr (std::is_same_v<T, std::uint16_t>)
     if (p.rounded.values) return (p.outputs ? listed<Pairs> : p.tokens == 1 ? one_token<Pairs> : straight<Pairs>)(w, p, begin, end);
 #endif

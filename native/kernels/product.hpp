@@ -90,6 +90,15 @@ struct ProductKernels {
   void (*row)(const Matrix&, std::int64_t output, float* weights);
 };
 
+#if defined(__x86_64__)
+namespace portable { extern const ProductKernels product; }
+namespace avx2 { extern const ProductKernels product; }
+namespace avx512 { extern const ProductKernels product; }
+namespace amx { extern const ProductKernels product; }
+namespace amx_imitated { extern const ProductKernels product; }
+const ProductKernels& product_kernels(Isa isa);  // in core/amx.cpp
+#else
 ROOKERY_DECLARE_KERNELS(ProductKernels, product)
+#endif
 
 }  // namespace rookery

@@ -47,6 +47,13 @@ struct Registered {
   static const Registered registered_##NAME(#NAME, NAME); \
   static void NAME()
 
+// Instruction sets that this machine runs, those among them that others compute for it.
+inline std::vector<Isa> every_isa() {
+  std::vector<Isa> all(available_isas().begin(), available_isas().end());
+  all.insert(all.end(), imitated_isas().begin(), imitated_isas().end());
+  return all;
+}
+
 // Memory of exactly the size asked for, so that sanitizers see a step beyond it.
 using Floats = std::vector<float>;
 using Halves = std::vector<std::uint16_t>;

@@ -30,7 +30,7 @@ struct Way {
 
 std::vector<Way> ways() {
   std::vector<Way> all;
-  for (const Isa isa : available_isas()) {
+  for (const Isa isa : every_isa()) {
     for (const Format format : {Format::float32, Format::bfloat16, Format::float16}) all.push_back({isa, format, false});
     if (product_kernels(isa).round) all.push_back({isa, Format::bfloat16, true});
   }

@@ -18,7 +18,7 @@ from rookery.engine.runners.native import NativeRunner
 from rookery.errors import BadCheckpoint, UnknownName
 from rookery.models import create_model, load, save_model
 
-ISAS = _native.available_isas()
+ISAS = [*_native.available_isas(), *_native.imitated_isas()]
 SHAPES = [(48, 64), (77, 201), (130, 320)]
 """Outputs and inputs: whole groups and panels, and neither."""
 ODD = {"hidden_size": 96, "head_dim": 48, "num_hidden_layers": 3, "intermediate_size": 201, "vocab_size": 77}

@@ -19,6 +19,12 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch, cli):
     assert "native     the compiled module is missing (reason)" in cli("doctor")[1]
 
 
+def test_an_instruction_set_that_is_not_used_is_told(monkeypatch, cli):
+    assert "; note " not in cli("doctor")[1]
+    monkeypatch.setattr("rookery._native.isa_note", lambda: "the processor's tiles add up in another order")
+    assert "; note the processor's tiles add up in another order" in cli("doctor")[1]
+
+
 def test_what_is_not_installed_is_told(monkeypatch, cli):
     import sys
 

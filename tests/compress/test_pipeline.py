@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support.language import randomised, some_tokens
+from support.language import ROUNDING_ISAS, randomised, some_tokens
 
 import rookery
 from rookery.checkpoints.checkpoint import open_checkpoint
@@ -74,7 +74,7 @@ def exact_isas():
     """Those that round nothing: where inputs of bfloat16 matrices are rounded, some guesses fall out differently."""
     from rookery import _native
 
-    return [isa for isa in _native.available_isas() if isa != "avx512"]
+    return [isa for isa in _native.available_isas() if isa not in ROUNDING_ISAS]
 
 
 def test_torch_and_the_runtime_compute_the_same(small):

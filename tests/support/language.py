@@ -16,6 +16,9 @@ LENGTH = 70
 CUTS = (1, 2, 7, 31, 33, 64, 69)
 """Places to cut a row of LENGTH: the first and last token, and both sides of likely chunk borders."""
 
+ROUNDING_ISAS = ("avx512", "amx-int8", "amx", "amx-imitated")
+"""Instruction sets of the compiled runtime that round inputs of bfloat16 matrices, too."""
+
 
 def names() -> list[str]:
     """The -test presets of every registered family of language models, hybrid ones among them."""
@@ -88,7 +91,7 @@ def as_runtime(model: LanguageModel, ids: list[int], dtype: torch.dtype, isa: st
     is how far both may be apart, as a share of the largest: a number near the middle between two of those goes either
     way, and moves what follows.
     """
-    model, rounds = model.float(), (dtype, isa) == (torch.bfloat16, "avx512")
+    model, rounds = model.float(), dtype == torch.bfloat16 and isa in ROUNDING_ISAS
     with torch.no_grad(), RoundedInputs(model) if rounds else nullcontext():
         logits, state = model(torch.tensor([ids]))
     return logits[0], state, 3e-2 if rounds else 1e-4

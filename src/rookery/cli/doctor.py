@@ -88,7 +88,8 @@ def _native() -> dict[str, Any] | str:
     except ImportError as error:
         return f"missing ({error}); reinstall rookery on a machine with a C++20 compiler"
     sets = native.available_isas()
-    return {"instruction sets": sets, "default": sets[-1], "threads": native.available_cores()}
+    found = {"instruction sets": sets, "default": sets[-1], "threads": native.available_cores()}
+    return found | ({"note": native.isa_note()} if native.isa_note() else {})
 
 
 def _torch() -> dict[str, Any] | str:

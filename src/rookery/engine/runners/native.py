@@ -112,7 +112,7 @@ class NativeRunner:
             raise UnknownName(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
         if quantize is not None and (quantize not in FORMATS or dtype is not None):
             raise UnknownName(f"quantize {quantize!r} is not one of {', '.join(FORMATS)}, without a dtype")
-        if isa is not None and isa not in _native.available_isas():
+        if isa is not None and isa not in [*_native.available_isas(), *_native.imitated_isas()]:
             raise UnknownName(f"isa {isa!r} is not one of this machine's: {', '.join(_native.available_isas())}")
         self.family = checkpoint.family.name
         self.config: Any = checkpoint.config
