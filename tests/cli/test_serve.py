@@ -1,4 +1,5 @@
 import argparse
+import sys
 import threading
 
 import numpy as np
@@ -81,3 +82,15 @@ def test_a_name_is_served_once(cli, tmp_path, model_path):
     code, _, err = cli("serve", model_path, "--name", "m", "--swap", f"m={tmp_path / 's.pth'}")
     assert code == 1
     assert "--swap names 'm', which a model has already" in err
+
+
+def test_what_a_cluster_needs_is_said_in_one_line(cli, tmp_path, monkeypatch):
+    assert "--ray needs --state-folder DIR" in cli("serve", "--ray")[2]
+    for wrong in ("0", "3:2", "x", ":4"):
+        code, _, err = cli("serve", "--ray", "--state-folder", tmp_path, "--replicas", wrong)
+        assert (code, "--replicas takes a number" in err) == (1, True)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "rookery.serve.cluster", raising=False)
+    code, _, err = cli("serve", "--ray", "--state-folder", tmp_path)
+    assert code == 1
+    assert err.splitlines()[-1].endswith('--ray needs ray: pip install "rookery[cluster]"')

@@ -4,12 +4,15 @@ Answers are made side by side. SIGTERM and Ctrl-C let open ones end first.
 """
 
 import argparse
+import functools
 import logging
+import os
 import sys
 from collections import Counter
 from typing import Any
 
 from rookery.cli.options import add_model, load_llm
+from rookery.errors import MissingDependency
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-key", metavar="NAME", help="make a key, print it and the line for the file, and stop")
     parser.add_argument(
         "--cors", action="append", default=[], metavar="ORIGIN", help="let this web page use the server"
+    )
+    group = parser.add_argument_group("several machines")
+    group.add_argument("--ray", action="store_true", help="serve from replicas in a Ray cluster; needs --state-folder")
+    group.add_argument("--ray-address", metavar="ADDRESS", help="of a running cluster, or auto (one on this machine)")
+    group.add_argument(
+        "--replicas", default="1", metavar="N[:M]", help="at least N, and up to M while texts wait (%(default)s)"
     )
     group = parser.add_argument_group("limits")
     group.add_argument("--rows", type=int, default=64, metavar="N", help="texts written at a time (%(default)s)")
@@ -53,13 +62,23 @@ def run(given: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 0
-    try:
-        from rookery.serve.app import create_app, names_of, serve
-    except ModuleNotFoundError as missing:
-        from rookery.errors import MissingDependency
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    if given.ray:
+        return clustered(given)
+    app = application(given)
+    welcome(given, f"serves {', '.join(app.state.models)}")
+    from rookery.serve.app import serve
 
+    serve(app, given.host, given.port, drain=given.drain)
+    return 0
+
+
+def application(given: argparse.Namespace, place: str = "") -> Any:
+    """The models that were asked for, as an ASGI application; `place` names this process in the ids that it makes."""
+    try:
+        from rookery.serve.app import create_app, names_of
+    except ModuleNotFoundError as missing:
         raise MissingDependency(f'the server needs {missing.name}: pip install "rookery[serve]"') from None
-    from rookery.serve.hosting import Limits
     from rookery.serve.keys import Keys
 
     keys = Keys.read(given.keys) if given.keys else None
@@ -73,8 +92,22 @@ def run(given: argparse.Namespace) -> int:
     swaps = swapped(given, first)
     if taken := [name for name in swaps if name in models]:
         raise ValueError(f"--swap names {taken[0]!r}, which a model has already; give another name")
-    models |= swaps
-    limits = Limits(
+    return create_app(
+        models | swaps,
+        limits=limits_of(given),
+        keys=keys,
+        parents=dict.fromkeys(swaps, parent),
+        origins=given.cors,
+        folder=given.state_folder,
+        place=place,
+    )
+
+
+def limits_of(given: argparse.Namespace) -> Any:
+    """The server's limits."""
+    from rookery.serve.hosting import Limits
+
+    return Limits(
         rows=given.rows,
         queue=given.queue,
         max_tokens=given.max_tokens,
@@ -84,19 +117,47 @@ def run(given: argparse.Namespace) -> int:
         disk=given.state_disk,
         expiry=given.expiry,
     )
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    app = create_app(
-        models,
-        limits=limits,
-        keys=keys,
-        parents=dict.fromkeys(swaps, parent),
-        origins=given.cors,
-        folder=given.state_folder,
-    )
-    if given.host not in ("127.0.0.1", "localhost", "::1") and keys is None:
+
+
+def welcome(given: argparse.Namespace, what: str) -> None:
+    """Says where the server is."""
+    if given.host not in ("127.0.0.1", "localhost", "::1") and not given.keys:
         print("everybody who reaches this address may use the server: consider --keys", file=sys.stderr)
-    print(f"http://{given.host}:{given.port} serves {', '.join(models)}; Ctrl-C ends it", file=sys.stderr)
-    serve(app, given.host, given.port, drain=given.drain)
+    print(f"http://{given.host}:{given.port} {what}; Ctrl-C ends it", file=sys.stderr)
+
+
+def clustered(given: argparse.Namespace) -> int:
+    """Serves from replicas in a Ray cluster."""
+    if not given.state_folder:
+        raise ValueError(
+            "--ray needs --state-folder DIR, a folder that all machines share: replicas hand conversations over in it"
+        )
+    least, _, most = given.replicas.partition(":")
+    if not (least.isdigit() and (most or least).isdigit() and 1 <= int(least) <= int(most or least)):
+        raise ValueError(f"--replicas takes a number, or the least and the most as 2:8, got {given.replicas!r}")
+    # Ray reports its use to its makers unless it is told not to, and only its environment tells it
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        from rookery.serve.cluster import Size, run
+    except ModuleNotFoundError as missing:
+        raise MissingDependency(f'--ray needs {missing.name}: pip install "rookery[cluster]"') from None
+    # replicas have working folders of their own
+    given.state_folder = os.path.abspath(given.state_folder)
+    given.models = [os.path.abspath(path) if os.path.exists(path) else path for path in given.models]
+    for name in ("model", "keys"):
+        if (path := getattr(given, name)) and os.path.exists(path):
+            setattr(given, name, os.path.abspath(path))
+    size = Size(int(least), int(most or least), given.threads or 1, int((given.device or "").startswith("cuda")))
+    run(
+        functools.partial(application, given),
+        host=given.host,
+        port=given.port,
+        limits=limits_of(given),
+        size=size,
+        drain=given.drain,
+        address=given.ray_address,
+        ready=lambda: welcome(given, f"serves from {given.replicas} replicas"),
+    )
     return 0
 
 
