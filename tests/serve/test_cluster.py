@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -29,8 +30,9 @@ def server(tmp_path_factory):
         port = probe.getsockname()[1]
     given = ("--ray", "--replicas", 3, "--threads", 1, "--template", "g1", "--port", port, "--state-folder", folder)
     command = [sys.executable, "-m", "rookery", "serve", *map(str, given), "--drain", "20"]
+    patient = os.environ | {"RAY_raylet_start_wait_time_s": "120"}  # where others work, too, Ray starts slowly
     with open(folder / "log", "w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log)
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=patient)
     try:
         until = time.monotonic() + 240
         while "serves from 3 replicas" not in (folder / "log").read_text():
@@ -91,8 +93,6 @@ def test_no_conversation_is_lost_when_a_replica_is_killed_under_load(server, llm
     assert len(before) == 3
 
     def kill():
-        import os
-
         os.kill(before[0], signal.SIGKILL)
 
     async def ask():

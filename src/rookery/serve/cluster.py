@@ -168,8 +168,13 @@ def running(
 
     It is there when the block begins; at its end open answers get `drain` seconds.
     """
-    own = {} if address else {"num_cpus": max(os.cpu_count() or 1, math.ceil(size.most * size.cpus))}
-    ray.init(address or "local", include_dashboard=False if own else None, log_to_driver=True, **own)
+    own: dict[str, Any] = {}
+    if address is None:
+        cores = max(
+            os.cpu_count() or 1, math.ceil(size.most * size.cpus)
+        )  # who asks for more replicas than cores gets them
+        own = {"num_cpus": cores, "include_dashboard": False, "object_store_memory": 100 << 20}  # nothing is put there
+    ray.init(address or "local", **own)
     try:
         serve.start(proxy_location="EveryNode", http_options=HTTPOptions(host=host, port=port))
         serve.run(application(build, limits, size, drain), name=NAME, route_prefix="/")
