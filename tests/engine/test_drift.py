@@ -5,6 +5,7 @@ import pytest
 import torch
 from support.language import randomised
 
+from rookery.engine.llm import EMBEDDED
 from rookery.engine.runners.native import NativeRunner
 from rookery.engine.runners.torch import TorchRunner
 from rookery.models import load, save_model
@@ -14,7 +15,8 @@ PIECE = 2000
 
 def drift(path, tokens):
     """The largest error of the logits against float64, relative to the largest logit, after each piece."""
-    native, exact = NativeRunner(path, threads=1), TorchRunner(load(path, dtype=torch.float64))
+    native = NativeRunner(path, threads=1, dtype="float32")
+    exact = TorchRunner(load(path, dtype=torch.float64))
     draw, errors = np.random.default_rng(1), []
     states = native.init_state(), exact.init_state()
     for _ in range(tokens // PIECE):
@@ -40,3 +42,11 @@ def test_a_million_tokens_bring_no_drift(path):
     errors = drift(path, 1_000_000)
     assert max(errors) < 1e-4
     assert np.mean(errors[-50:]) < 3 * np.mean(errors[:50])
+
+
+@pytest.mark.slow
+def test_the_embedded_model_does_not_drift():
+    """`benchmarks/drift.py` reads a million tokens and tells the figures."""
+    errors = drift(EMBEDDED, 100_000)
+    assert max(errors) < 1e-5
+    assert np.mean(errors[-10:]) < 3 * np.mean(errors[:10])

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -99,3 +101,21 @@ def test_places_are_only_told_where_they_are_known(llm, text, monkeypatch):
     places = [*read_file(llm.session(), text)]
     assert [place.offset for place in places] == [len(TEXT.encode())]
     assert isinstance(places[0], Place)
+
+
+def resident():
+    """Bytes of memory that the process has now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell memory in /proc")
+def test_a_million_tokens_are_read_in_flat_memory(llm, tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_bytes(b"It was a dark and stormy night. " * 31_250)
+    session, used = llm.session(), []
+    for place in read_file(session, path):
+        if place.offset > 100_000:  # from here on everything has its size
+            used.append(resident())
+    assert session.tokens_seen == 1_000_000
+    assert max(used) - used[0] < 4 << 20

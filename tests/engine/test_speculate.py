@@ -1,3 +1,6 @@
+import itertools
+
+import numpy as np
 import pytest
 import torch
 from support.engine import Remembering
@@ -5,6 +8,7 @@ from support.language import randomised
 
 from rookery.engine.llm import LLM
 from rookery.engine.runners.torch import TorchRunner
+from rookery.engine.sampling import log_softmax
 from rookery.engine.session import Session
 from rookery.engine.speculate import DraftModel, Lookup
 from rookery.models import save_model
@@ -144,3 +148,41 @@ def test_what_cannot_guess_is_refused(llm):
         DraftModel(llm, 0)
     with pytest.raises(ValueError, match="the draft model knows 32 tokens, the model 16"):
         written(llm, [1], 3, speculate=DraftModel(LLM.from_runner(Remembering(32))))
+
+
+def chi_square(llm, draws):
+    """How far the first three tokens of guessed texts are from the model's probabilities; 64 cells, 63 free."""
+    prompt = [1, 2, 3] * 4
+    expected = np.zeros((4, 4, 4))
+    for first, second in itertools.product(range(4), repeat=2):
+        rows = np.exp(log_softmax(llm.logits([*prompt, first, second])[-3:]).astype(np.float64))
+        expected[first, second] = rows[0, first] * rows[1, second] * rows[2]
+    counts, guesses, session = np.zeros_like(expected), np.zeros(2), llm.session()
+    session.feed(prompt)
+    options = {"top_p": 1.0, "ignore_eos": True, "speculate": Lookup(3, shortest=1)}
+    for seed in range(draws):
+        stream = session.fork().stream_tokens(3, seed=seed, **options)
+        counts[tuple(stream)] += 1
+        guesses += stream.guessed
+    assert 0.05 < guesses[1] / guesses[0] < 0.95
+    return ((counts - draws * expected) ** 2 / (draws * expected)).sum()
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "four.safetensors"
+    save_model(randomised("rwkv7-test", dtype=torch.float32, vocab_size=4), path)
+    return LLM(path, threads=1)
+
+
+LIMIT = 103.4
+"""Chi-square with 63 degrees of freedom is larger in one of a thousand trials."""
+
+
+def test_guessed_texts_are_drawn_with_the_models_probabilities(four):
+    assert chi_square(four, 2000) < LIMIT
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_guessed_texts_are_drawn_with_the_models_probabilities(four):
+    assert chi_square(four, 100_000) < LIMIT

@@ -84,7 +84,7 @@ def _read(args: argparse.Namespace, llm: LLM) -> Session | None:
     from rookery.engine.reading import load_reading, read_file, save_reading
 
     session, start = load_reading(llm, args.state) if args.state else (llm.session(), None)
-    progress = Progress("MB", 1e6)
+    progress, place = Progress("MB", 1e6), start
     with interruptions() as wanted:
         for place in read_file(session, args.file, start):
             progress(place.offset, place.size, f", {session.tokens_seen:,} tokens")
@@ -93,6 +93,8 @@ def _read(args: argparse.Namespace, llm: LLM) -> Session | None:
     progress.close()
     if not wanted:
         return session
+    if place is None:  # of an empty file there is nothing to keep
+        raise KeyboardInterrupt
     path = args.save_state or Path(args.file).name + ".state"
     save_reading(session, path, place)
     print(
