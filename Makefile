@@ -72,6 +72,6 @@ $(VENV)/.built: $(BIN)/python pyproject.toml constraints.txt $(NATIVE)
 
 $(VENV)/.tested-tools: $(VENV)/.built
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[$(EXTRAS)]" \
-		pytest pytest-xdist hypothesis ruff import-linter mkdocs-material httpx openai \
+		pytest pytest-xdist hypothesis ruff import-linter mkdocs-material httpx openai schemathesis \
 		"triton; platform_system == 'Linux' and platform_machine == 'x86_64'"
 	@touch $@

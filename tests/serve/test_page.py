@@ -1,12 +1,9 @@
 """The page in a real browser: needs Chromium (Debian: apt-get install chromium) and pip install playwright."""
 
 import shutil
-import socket
-import threading
-import time
 
 import pytest
-import uvicorn
+from support.server import serving
 
 from rookery.serve.app import create_app
 
@@ -27,17 +24,8 @@ def browser():
 
 @pytest.fixture(scope="module")
 def address(llm):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(create_app({"stories": llm}), port=port, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}/"
-    server.should_exit = True
-    thread.join(timeout=10)
+    with serving(create_app({"stories": llm})) as address:
+        yield f"{address}/"
 
 
 @pytest.fixture(params=[("light", 1200), ("dark", 390)], ids=lambda p: f"{p[0]}-{p[1]}")

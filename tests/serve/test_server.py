@@ -7,37 +7,22 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import httpx
 import pytest
-import uvicorn
+from support.server import free_port, serving
 
 from rookery.serve.app import create_app, names_of
 from rookery.serve.hosting import Limits
 from rookery.serve.keys import Keys, new_key
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def server(llm):
     """Address of a running server."""
-    port = free_port()
-    config = uvicorn.Config(create_app({"tiny": llm}), port=port, log_level="error", access_log=False)
-    running = uvicorn.Server(config)
-    thread = threading.Thread(target=running.run, daemon=True)
-    thread.start()
-    while not running.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
-    running.should_exit = True
-    thread.join(timeout=10)
+    with serving(create_app({"tiny": llm})) as address:
+        yield address
 
 
 # official clients
@@ -110,25 +95,6 @@ def test_a_client_that_goes_away_frees_its_place(server):
         while not load().endswith(" 0.0"):
             assert time.monotonic() < deadline, "the answer goes on for nobody"
             time.sleep(0.02)
-
-
-@pytest.mark.parametrize(
-    ("raw", "status"),
-    [
-        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n", b"413"),
-        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n{\xff\xfe}", b"400"),
-        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n[]", b"400"),
-        (b"DELETE /v1/completions HTTP/1.1\r\nHost: x\r\n\r\n", b"405"),
-        (b"GET /%2e%2e/%2e%2e/etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n", b"404"),
-    ],
-)
-def test_bytes_that_are_no_request_get_a_clean_answer(server, raw, status):
-    address = server.removeprefix("http://").split(":")
-    with socket.create_connection((address[0], int(address[1])), timeout=10) as connection:
-        connection.sendall(raw)
-        answer = connection.recv(65536)
-    assert answer.split(b" ")[1] == status
-    assert b"Traceback" not in answer
 
 
 def test_a_body_without_a_length_is_counted(make):

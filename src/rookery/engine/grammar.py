@@ -90,7 +90,9 @@ class Constraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ValueError(f"the {self._what} cannot be followed: {' '.join(self._matcher.get_error().split())}")
+            # what follows are its inner counters
+            said, _, _ = self._matcher.get_error().partition("<state>")
+            raise ValueError(f"the {self._what} cannot be followed: {' '.join(said.split())}")
 
     def allowed(self) -> np.ndarray:
         """bool [vocab]: the tokens that may come next, the end of the text among them where it may end."""

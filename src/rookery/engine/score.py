@@ -67,20 +67,28 @@ def embed(llm: LLM, texts: Sequence[str | Sequence[int]], bos: bool = True) -> n
     It is read off the state, so it costs no more than reading the text. Models of this library are not trained for
     similarity: compare such vectors with each other, of one model only. ValueError for a model without token shift.
     """
+    rows = [([END_OF_TEXT] if bos else []) + llm.tokens_of(text) for text in texts]
+    _vector_name(llm)
+    return vectors(llm, _read_all(llm, rows, "none", lambda *_: None))
+
+
+def vectors(llm: LLM, states: Sequence[RowState]) -> np.ndarray:
+    """float32 [states, hidden_size]: what `embed` reads off states that stand at the ends of texts."""
+    name = _vector_name(llm)
+    found = np.zeros((len(states), llm.fresh_state().tensors()[name].size), np.float32)
+    for row, state in enumerate(states):
+        found[row] = state.tensors()[name][0].astype(np.float32).ravel()
+    return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+
+
+def _vector_name(llm: LLM) -> str:
     names = [name for name in llm.fresh_state().tensors() if name.endswith(".ffn_shift")]
     if not names:
         raise ValueError(
             f"a model of the family {llm.runner.family} keeps no vector of its last token; embed needs one that mixes "
             "the token before it into the channel mix, as RWKV does"
         )
-    last = max(names, key=lambda name: int(name.split(".")[1]))
-    rows = [([END_OF_TEXT] if bos else []) + llm.tokens_of(text) for text in texts]
-    states = _read_all(llm, rows, "none", lambda *_: None)
-    width = llm.fresh_state().tensors()[last].size
-    vectors = np.zeros((len(rows), width), np.float32)
-    for row, state in enumerate(states):
-        vectors[row] = state.tensors()[last][0].astype(np.float32).ravel()
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return max(names, key=lambda name: int(name.split(".")[1]))
 
 
 def _read_all(

@@ -141,10 +141,14 @@ def serve(app: FastAPI, host: str, port: int, *, drain: float = 30.0, **options:
     """Runs the application until SIGTERM or Ctrl-C; open answers get `drain` seconds to end."""
     import uvicorn
 
+    from rookery.serve.wire import Wire
+
     config = uvicorn.Config(
         app,
         host=host,
         port=port,
+        http=Wire,
+        ws="none",
         access_log=False,
         timeout_graceful_shutdown=int(drain),
         log_level="warning",

@@ -15,6 +15,10 @@ from rookery.serve.schema import ApiError
 from rookery.serve.states import StateStore
 
 
+LONG = 20_000
+"""Characters of a prompt that is encoded on a thread of its own."""
+
+
 class Limits(NamedTuple):
     """What one server does at most."""
 
@@ -63,6 +67,15 @@ class Hosted:
     def busy(self) -> bool:
         """True if one more text would find the queue full."""
         return self.scheduler.load[1] >= self.limits.queue
+
+    async def ids(self, prompt: str | Sequence[int]) -> str | Sequence[int]:
+        """The prompt for `submit`; one so long that encoding it would keep others waiting comes back as token ids."""
+        if not isinstance(prompt, str) or len(prompt) < LONG:
+            return prompt
+        try:
+            return await asyncio.to_thread(self.llm.tokens_of, prompt)
+        except ValueError as wrong:
+            raise ApiError(400, str(wrong), param="prompt") from None
 
     def submit(
         self, prompt: str | Sequence[int], max_tokens: int, session: Session | None, **options: Any
@@ -118,6 +131,10 @@ class Running:
             raise ApiError(
                 408, f"the answer took more than {self._seconds:g} s and was ended", code="timeout"
             ) from None
+        except ValueError as wrong:
+            if self.generation.order.grammar is None:
+                raise
+            raise ApiError(400, str(wrong), param="response_format") from None  # a form that no text can have
         finally:
             self.generation.cancel()
 

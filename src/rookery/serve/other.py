@@ -11,10 +11,17 @@ from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.background import BackgroundTask
 
+from rookery.engine.score import vectors
+from rookery.engine.session import END_OF_TEXT
 from rookery.serve.hosting import Hosted
 from rookery.serve.schema import ApiError, Embeddings, NewState, Rewind
 from rookery.serve.states import picture
-from rookery.serve.text import hosted, state_of
+from rookery.serve.text import finished, hosted, state_of
+
+TEXTS = 2048
+"""Texts of one request for embeddings."""
+SIDE_BY_SIDE = 32
+"""Of them in the queue at a time, so that others find room there."""
 
 routes = APIRouter(tags=["other"])
 
@@ -57,16 +64,29 @@ async def embeddings(asked: Embeddings, request: Request) -> Response:
     model = hosted(request, asked.model)
     several = isinstance(asked.input, list) and asked.input and isinstance(asked.input[0], str | list)
     texts = list(asked.input) if several else [asked.input]
-    try:
-        ids = [model.llm.tokens_of(text) for text in texts]
-        vectors = await asyncio.to_thread(model.llm.embed, ids)
-    except ValueError as wrong:
-        raise ApiError(400, str(wrong), param="input") from None
+    if len(texts) > TEXTS:
+        raise ApiError(400, f"input takes up to {TEXTS} texts at a time, got {len(texts)}", param="input")
+    found: list[np.ndarray] = []
+    count = 0
+    for start in range(0, len(texts), SIDE_BY_SIDE):
+        running = []
+        try:
+            for text in texts[start : start + SIDE_BY_SIDE]:
+                ids = await asyncio.to_thread(model.llm.tokens_of, text)
+                count += len(ids)
+                # a session of its own: texts that are only looked at are no beginnings to be kept
+                running.append(model.submit([END_OF_TEXT, *ids], 0, model.llm.session()))
+            await finished(request, running)
+            found.extend(vectors(model.llm, [one.generation.session._at.state for one in running]))
+        except ValueError as wrong:
+            raise ApiError(400, str(wrong), param="input") from None
+        finally:
+            for one in running:
+                one.generation.cancel()
     data = [
         {"object": "embedding", "index": i, "embedding": _encoded(vector, asked.encoding_format)}
-        for i, vector in enumerate(vectors)
+        for i, vector in enumerate(found)
     ]
-    count = sum(map(len, ids))
     told = {"object": "list", "model": model.name, "data": data}
     return JSONResponse(told | {"usage": {"prompt_tokens": count, "total_tokens": count}})
 
@@ -85,13 +105,13 @@ async def new_state(asked: NewState, request: Request) -> dict[str, Any]:
     """Reads a text, from the beginning or from a kept state, and keeps where it ends."""
     model = hosted(request, asked.model)
     before = await state_of(model, asked.state)
-    session = before.session.fork() if before else model.llm.session()
-    try:
-        await asyncio.to_thread(session.feed, asked.prompt)
-    except ValueError as wrong:
-        raise ApiError(400, str(wrong), param="prompt") from None
+    session = before.session.fork() if before else None
+    if len(asked.prompt):
+        running = model.submit(await model.ids(asked.prompt), 0, session)
+        await finished(request, [running])
+        session = running.generation.session
     text = asked.prompt if isinstance(asked.prompt, str) else ""
-    kept = await asyncio.to_thread(model.states.keep, session, asked.state, text)
+    kept = await asyncio.to_thread(model.states.keep, session or model.llm.session(), asked.state, text)
     return kept.about(model.states.expiry)
 
 

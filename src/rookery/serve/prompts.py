@@ -12,6 +12,10 @@ from rookery.serve.schema import ApiError, Chat, Message, NamedTool, ResponseFor
 from rookery.tokenizers.chat import END_OF_TURN, ChatTemplate, render
 
 
+SCHEMA = 65_536
+"""Characters of a schema: a larger one would hold up everybody's next token for seconds."""
+
+
 class Prompt(NamedTuple):
     """What the model is given."""
 
@@ -85,7 +89,7 @@ def call_grammar(tools: list[dict[str, Any]]) -> Grammar:
         }
         for tool in tools
     ]
-    return json_schema(calls[0] if len(calls) == 1 else {"anyOf": calls})
+    return _grammar(calls[0] if len(calls) == 1 else {"anyOf": calls}, "tools")
 
 
 def form(asked: ResponseFormat | None) -> Grammar | None:
@@ -93,10 +97,20 @@ def form(asked: ResponseFormat | None) -> Grammar | None:
     if asked is None or asked.type == "text":
         return None
     if asked.type == "json_object":
-        return json_schema({"type": "object"})
+        return _grammar({"type": "object"}, "response_format")
     if asked.json_schema is None:
         raise ApiError(400, "response_format of type json_schema needs json_schema.schema", param="response_format")
-    return json_schema(asked.json_schema.described)
+    return _grammar(asked.json_schema.described, "response_format")
+
+
+def _grammar(schema: dict[str, Any], param: str) -> Grammar:
+    """The grammar of a schema; ApiError for one that is too large to be followed in time, or no schema."""
+    try:
+        if len(json.dumps(schema)) > SCHEMA:
+            raise ValueError(f"a schema takes up to {SCHEMA} characters; this one is longer")
+        return json_schema(schema)
+    except (ValueError, RecursionError) as wrong:
+        raise ApiError(400, f"the schema cannot be used: {str(wrong)[:300]}", param=param) from None
 
 
 def tool_calls(text: str) -> list[dict[str, Any]] | None:

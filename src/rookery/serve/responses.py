@@ -32,7 +32,7 @@ async def respond(asked: Responses, request: Request) -> Response:
     prompt = conversation(model.llm, messages, goes_on=before is not None)
     limit = asked.max_output_tokens or model.limits.max_tokens
     stops = (*(asked.stop or ()), *prompt.stops)
-    running = model.submit(prompt.text, limit, session, seed=asked.seed, stop=stops, **asked.options())
+    running = model.submit(await model.ids(prompt.text), limit, session, seed=asked.seed, stop=stops, **asked.options())
     answer = Answer(model, asked, running, request.app.state.place)
     if asked.stream:
         return streaming(request, answer.id, answer.events(), [running])

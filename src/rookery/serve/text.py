@@ -158,11 +158,12 @@ async def completions(asked: Completion, request: Request) -> Response:
     """Continues texts."""
     model = hosted(request, asked.model)
     prompts = prompts_of(asked)
+    words = [await model.ids(prompt) for prompt in prompts]
     more = {"stop": asked.stop or (), "grammar": form(asked.response_format), "logprobs": asked.logprobs}
     limit = 16 if asked.max_tokens is None else asked.max_tokens
     before = await state_of(model, asked.state)
     running = started(
-        lambda i: start(model, asked, before, prompts[i // asked.n], limit, i % asked.n, **more),
+        lambda i: start(model, asked, before, words[i // asked.n], limit, i % asked.n, **more),
         len(prompts) * asked.n,
     )
     head = {"id": new_id("cmpl-", request.app.state.place), "object": "text_completion", "created": int(time.time())}
@@ -258,7 +259,8 @@ async def chat(asked: Chat, request: Request) -> Response:
     }
     limit = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
     before = await state_of(model, asked.state)
-    running = started(lambda i: start(model, asked, before, prompt.text, limit, i, **more), asked.n)
+    words = await model.ids(prompt.text)
+    running = started(lambda i: start(model, asked, before, words, limit, i, **more), asked.n)
     head = {"id": new_id("chatcmpl-", request.app.state.place), "created": int(time.time()), "model": model.name}
     if asked.stream:
         return events(request, head["id"], chat_chunks(model, asked, prompt, running, head), running)
