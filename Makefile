@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := torch,train,series,serve,vision
 
-.PHONY: help demo test lint docs budget bench-train bench-inference sanitize test-arm clean
+.PHONY: help demo test npm-clients lint docs budget bench-train bench-inference sanitize test-arm clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -19,7 +19,12 @@ test: $(VENV)/.tested-tools ## everything that CI runs: style, import contracts,
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@# without npm, or without a network, the tests of these clients are skipped and say so
+	@test -d tests/serve/npm/node_modules || ! command -v npm >/dev/null || timeout 60 $(MAKE) --silent npm-clients || true
 	$(BIN)/pytest -n 2
+
+npm-clients: ## clients from npm that the server is tested with
+	cd tests/serve/npm && npm ci --ignore-scripts --no-audit --no-fund --silent
 
 lint: $(VENV)/.tested-tools ## fix style and formatting, check import contracts
 	$(BIN)/ruff check --fix .

@@ -14,7 +14,6 @@ from rookery.engine.state_cache import StateCache
 from rookery.serve.schema import ApiError
 from rookery.serve.states import StateStore
 
-
 LONG = 20_000
 """Characters of a prompt that is encoded on a thread of its own."""
 

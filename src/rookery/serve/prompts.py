@@ -11,7 +11,6 @@ from rookery.engine.llm import LLM
 from rookery.serve.schema import ApiError, Chat, Message, NamedTool, ResponseFormat, Tool
 from rookery.tokenizers.chat import END_OF_TURN, ChatTemplate, render
 
-
 SCHEMA = 65_536
 """Characters of a schema: a larger one would hold up everybody's next token for seconds."""
 

@@ -47,9 +47,8 @@ class Wire(H11Protocol):
         self._late = None
         if self.transport.is_closing():
             return
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
-            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                self._refuse(408, f"the request was not complete after {self.patience:g} s; send it at once")
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # nothing was answered yet
+            self._refuse(408, f"the request was not complete after {self.patience:g} s; send it at once")
         self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
