@@ -34,12 +34,17 @@ def parameters(model: torch.nn.Module) -> int:
 
 def models(width: int, layers: int, vocabulary: int) -> dict[str, torch.nn.Module]:
     """An RWKV-7 and the transformer whose MLP makes up for the difference."""
-    rwkv = create_model("rwkv7", hidden_size=width, num_hidden_layers=layers, vocab_size=vocabulary)
+    sizes = gpt_sizes(width, layers, vocabulary)
+    rwkv = {name: value for name, value in sizes.items() if name != "intermediate_size"}
+    return {"rwkv7": create_model("rwkv7", **rwkv), "gpt": create_model("transformer", **sizes)}
+
+
+def gpt_sizes(width: int, layers: int, vocabulary: int) -> dict[str, int]:
+    """Sizes of a transformer of as many parameters as the RWKV-7 of that width, depth and vocabulary."""
     sizes = {"hidden_size": width, "num_hidden_layers": layers, "vocab_size": vocabulary}
-    plain = create_model("transformer", device="meta", **sizes)
+    rwkv, plain = (create_model(name, device="meta", **sizes) for name in ("rwkv7", "transformer"))
     wider = round((parameters(rwkv) - parameters(plain)) / (3 * width * layers * 32)) * 32
-    ffn = plain.config.intermediate_size + wider
-    return {"rwkv7": rwkv, "gpt": create_model("transformer", intermediate_size=ffn, **sizes)}
+    return sizes | {"intermediate_size": plain.config.intermediate_size + wider}
 
 
 def main() -> None:

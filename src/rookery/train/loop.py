@@ -6,7 +6,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rookery.errors import RookeryError
@@ -171,7 +172,7 @@ def loop(run: Run, metrics: Metrics, console: Console, asked: list[int], out: Pa
     began, start, number = run.step, time.perf_counter(), None
     while run.step < config.steps and number is None:
         before = time.perf_counter()
-        row = one_step(run, out)
+        row, number = one_step(run, out, asked)
         speed = row.pop("read") / (time.perf_counter() - before)
         row |= {"tokens_per_second": speed}
         step = run.step
@@ -185,32 +186,43 @@ def loop(run: Run, metrics: Metrics, console: Console, asked: list[int], out: Pa
                 console.say(f"step {step}: held-out loss {row['validation_loss']:.4f}")
         metrics.write(step=step, **row)
         console.step(step, run.loss, speed, (time.perf_counter() - start) / (step - began) * (config.steps - step))
-        number = _stop(run, asked)
         if step % config.save_every == 0 or step == config.steps or number is not None:
             save(run, out)
     return number
 
 
-def one_step(run: Run, out: Path) -> dict[str, Any]:
-    """The next step of the optimiser; what is logged of it."""
+def gradients(run: Run, batch: Any) -> dict[str, Tensor]:
+    """Goes through this process's part of the batch, forward and backward; its part of what is logged, in float64."""
     config, task, place = run.config, run.task, run.place
-    step = run.step + 1
-    batch = task.batch(step)
     parts = task.split(batch, place.groups * config.accumulate)
-    totals: dict[str, float] = {}
+    totals: dict[str, Tensor] = {}
     for piece, weight in parts[place.group * config.accumulate :][: config.accumulate]:
         if place.context > 1:
             piece, weight = task.segment(piece, place.part, place.context), weight / place.context
         # what FSDP averages over processes must have been multiplied by their number to be the sum
         share = weight * (place.world if run.is_cut else 1)
         for name, value in task.backward(moved(piece, run.device), share).items():
-            totals[name] = totals.get(name, 0.0) + weight * value.item()
-    logged = dict(zip(totals, place.sum(list(totals.values()), run.device)))
-    rate = learning_rate(config.optim, step, config.steps)
-    norm = run.optimizer.step(rate) if math.isfinite(logged["loss"]) else math.nan
-    read = task.tokens(batch)
+            totals[name] = totals.get(name, 0.0) + weight * value.detach().double()
+    return totals
+
+
+def one_step(run: Run, out: Path, asked: Sequence[int] = ()) -> tuple[dict[str, Any], int | None]:
+    """The next step of the optimiser; what is logged of it, and the signal that any process was sent, if any.
+
+    A GPU is waited for once: its losses and gradients are looked at together, after all of the work was given to it.
+    """
+    config, task = run.config, run.task
+    step = run.step + 1
+    batch = task.batch(step)
+    totals = gradients(run, batch)
+    norm, rate, read = run.optimizer.clip(), learning_rate(config.optim, step, config.steps), task.tokens(batch)
+    signals = totals["loss"].new_tensor([bool(asked), signal.SIGINT in asked])
+    sums = torch.cat([torch.stack(list(totals.values())), signals])
+    run.place.add_up([sums])
+    *told, stop, by_hand, norm = torch.cat([sums, norm.double()[None]]).tolist()
+    logged = dict(zip(totals, told))
     run.step, run.loss, run.tokens = step, logged["loss"], run.tokens + read
-    skipped = not math.isfinite(norm)
+    skipped = not (math.isfinite(run.loss) and math.isfinite(norm))
     run.bad = run.bad + 1 if skipped else 0
     if skipped:
         run.optimizer.clear()
@@ -221,17 +233,11 @@ def one_step(run: Run, out: Path) -> dict[str, Any]:
                 f"{run.bad} steps could be taken; the last checkpoint is of step {last}. Lower optim.lr"
             )
     else:
+        run.optimizer.take(rate)
         task.after_step()
     row = {**logged, "lr": rate, "tokens": run.tokens, "grad_norm": norm, "read": read}
-    return row | {"skipped": True} if skipped else row
-
-
-def _stop(run: Run, asked: list[int]) -> int | None:
-    """The signal that any process was sent."""
-    sent = run.place.sum([float(bool(asked)), float(signal.SIGINT in asked)], run.device)
-    if not sent[0]:
-        return None
-    return signal.SIGINT if sent[1] else signal.SIGTERM
+    number = (signal.SIGINT if by_hand else signal.SIGTERM) if stop else None
+    return row | {"skipped": True} if skipped else row, number
 
 
 def save(run: Run, out: Path) -> None:

@@ -121,6 +121,14 @@ class Optimizer:
 
         Where the norm is not finite nothing is moved.
         """
+        norm = float(self.clip())
+        if math.isfinite(norm):
+            self.take(rate)
+        self.clear()
+        return norm
+
+    def clip(self) -> Tensor:
+        """Makes the gradients ready for `take`; gives their norm before clipping, on their device, unseen."""
         if self.apart:
             for parameter, master in zip(self.parameters, self.masters):
                 master.grad = parameter.grad.to(torch.float32)
@@ -128,16 +136,17 @@ class Optimizer:
         if self._add_up:
             self._add_up([master.grad for master in self.masters if master.grad is not None])
         norm = nn.utils.clip_grad_norm_(self.masters, self.config.clip)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        if math.isfinite(norm):
-            for optimizer in self.inner:
-                for group in optimizer.param_groups:
-                    _set_rate(group, rate * group["lr_scale"])
-                optimizer.step()
-            self._publish()
-            self._follow()
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def take(self, rate: float) -> None:
+        """Moves the weights by the gradients that `clip` has left, which are then cleared."""
+        for optimizer in self.inner:
+            for group in optimizer.param_groups:
+                _set_rate(group, rate * group["lr_scale"])
+            optimizer.step()
+        self._publish()
+        self._follow()
         self.clear()
-        return norm
 
     def clear(self) -> None:
         """Forgets the gradients."""

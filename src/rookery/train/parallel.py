@@ -65,7 +65,7 @@ class Place:
         if self.world == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64, device=device)
-        dist.all_reduce(tensor)
+        self.add_up([tensor])
         return tensor.tolist()
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
@@ -82,10 +82,12 @@ def start(local_rank: int) -> None:
     """Joins the processes that torchrun started, over nccl where there are GPUs, taking that of `local_rank`."""
     # a mixer's output is a view here and there; the warning is about writing into it, which the blocks do not
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo")
+        return
+    torch.cuda.set_device(local_rank)
+    # gloo for what lies in memory: runs with device=cpu, and words that go with a checkpoint
+    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", local_rank))
 
 
 def stop() -> None:
@@ -103,7 +105,12 @@ def device_of(name: str) -> torch.device:
 
 def moved(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on `device`."""
-    return batch if device.type == "cpu" else tree_map_only(Tensor, lambda t: t.to(device), batch)
+    if device.type == "cpu":
+        return batch
+    if device.type != "cuda":
+        return tree_map_only(Tensor, lambda t: t.to(device), batch)
+    # from pinned memory, so that nobody waits for the copy
+    return tree_map_only(Tensor, lambda t: t if t.is_cuda else t.pin_memory().to(device, non_blocking=True), batch)
 
 
 def blocks_of(model: nn.Module) -> Iterable[nn.Module]:
