@@ -39,6 +39,11 @@ def test_a_first_column_of_numbers_is_a_channel(tmp_path):
     np.testing.assert_array_equal(table.values, [[0.7855, -1.5], [0.7818, 0.002]])
 
 
+@pytest.mark.parametrize(("seconds", "period"), [(600, 144), (900, 96), (3600, 24), (7200, 12), (7000, 1), (None, 1)])
+def test_rows_that_divide_a_day_have_its_season(seconds, period):
+    assert period_of(seconds) == period
+
+
 @pytest.mark.parametrize(
     ("text", "period"),
     [("1949-01,1\n1949-02,2\n1949-03,3\n", 12), ("2022-01-02,1\n2022-01-09,2\n", 52), ("2020/1/1,1\n2020/1/2,2\n", 7)],

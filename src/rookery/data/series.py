@@ -149,19 +149,24 @@ def _text(time: np.datetime64) -> str:
     return str(time).replace("T", " ")
 
 
-PERIODS = {900: 96, 1800: 48, 3600: 24, 86400: 7, 604800: 52}
-"""Seconds between rows -> rows of a season: a day, a week or a year."""
+DAY = 86400
+"""Seconds."""
 
 
 def period_of(step: float | None) -> int:
-    """Rows of a season for that many seconds between rows; 12 for months, 4 for quarters, 1 where nothing is known."""
+    """Rows of a season for that many seconds between rows; 1 where nothing is known.
+
+    A season is a day where rows divide it, a week of days, a year of weeks, months or quarters.
+    """
     if step is None:
         return 1
-    if 28 * 86400 <= step <= 31 * 86400:
+    if step < DAY and DAY % step == 0:
+        return round(DAY / step)
+    if 28 * DAY <= step <= 31 * DAY:
         return 12
-    if 89 * 86400 <= step <= 92 * 86400:
+    if 89 * DAY <= step <= 92 * DAY:
         return 4
-    return PERIODS.get(round(step), 1)
+    return {DAY: 7, 7 * DAY: 52}.get(round(step), 1)
 
 
 @dataclass(frozen=True)

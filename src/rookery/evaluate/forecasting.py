@@ -134,7 +134,9 @@ def predictor(model: CanForecast | str, horizon: int, period: int) -> Callable[[
 
     def ahead(history: np.ndarray) -> np.ndarray:
         parts = [model.forecast(part, horizon) for part in torch.from_numpy(history).split(AT_ONCE) if len(part)]
-        return torch.cat(parts).float().cpu().numpy() if parts else np.empty((0, horizon, 1), np.float32)
+        if not parts:
+            return np.empty((0, horizon, model.config.outputs), np.float32)
+        return torch.cat(parts).float().cpu().numpy()
 
     return ahead
 
