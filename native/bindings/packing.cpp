@@ -12,6 +12,7 @@
 #include "bindings/tensor.hpp"
 #include "core/threads.hpp"
 #include "kernels/packing.hpp"
+#include "kernels/prepared.hpp"
 #include "kernels/product.hpp"
 
 namespace nb = nanobind;
@@ -62,8 +63,10 @@ void repack(
     const Bytes& to, int threads) {
   const Format format = find_format(format_name);
   const Order order = find_order(order_name);
-  check(format == Format::q8_0 || format == Format::q4_0, "blocks are those of q8_0 or q4_0");
-  check(in % 32 == 0 && out >= 0 && static_cast<int64_t>(blocks.size()) == out * (in / 32) * (format == Format::q8_0 ? 34 : 18),
+  check(format == Format::q8_0 || format == Format::q4_0 || format == Format::q6_k, "blocks are those of q8_0, q4_0 or q6_k");
+  check(format != Format::q6_k || order == Order::rows, "q6_k is laid out by rows only");
+  const int64_t of_block = format == Format::q6_k ? Packing::block : 32;
+  check(in % of_block == 0 && out >= 0 && static_cast<int64_t>(blocks.size()) == out * (in / of_block) * block_bytes(format),
         "the blocks are not those of a matrix of this size");
   check(to.size() == Matrix{nullptr, format, order, out, in}.bytes(), "the result needs another size");
   const auto& kernels = packing_kernels(find_isa(""));
@@ -77,6 +80,7 @@ void product(
     const Array& weights, const std::string& format, const std::string& order, int64_t out, int64_t in,
     const Vectors& x, const Results& y, int64_t begin, int64_t end, bool sparse, const std::string& isa) {
   const Matrix matrix{weights.data(), find_format(format), find_order(order), out, in};
+  check(matrix.format != Format::q6_k || matrix.order == Order::rows, "q6_k is laid out by rows only");
   check(weights.nbytes() == matrix.bytes(), "the matrix has another size");
   const auto tokens = static_cast<int64_t>(x.shape(0));
   check(static_cast<int64_t>(x.shape(1)) == in && static_cast<int64_t>(y.shape(0)) == tokens &&
@@ -84,18 +88,10 @@ void product(
         "vectors and matrix do not fit together");
   const auto& kernels = product_kernels(find_isa(isa));
   Product product{x.data(), in, y.data(), out, tokens};
-  std::vector<float> memory;
+  std::vector<float> memory(static_cast<std::size_t>(prepared_floats(tokens, in)));
+  prepare(kernels, matrix, product, memory.data());
+  fill(kernels, product, 0, in, 0, tokens);
   std::vector<std::int32_t> active;
-  if (is_packed(matrix.format)) {
-    const int64_t group = packing(matrix.format).group;
-    memory.resize(static_cast<std::size_t>(Integers::floats(tokens, in, group)));
-    product.integers = Integers(memory.data(), tokens, in, group);
-    kernels.quantise(x.data(), in, 0, in, 0, tokens, product.integers);
-  } else if (matrix.format == Format::bfloat16 && kernels.round) {
-    memory.resize(static_cast<std::size_t>(Rounded::floats(tokens, in)));
-    product.rounded = Rounded(memory.data(), in);
-    kernels.round(x.data(), in, 0, in, 0, tokens, product.rounded);
-  }
   if (sparse) {
     check(tokens <= kernels.few_tokens && matrix.order == Order::columns, "inputs are skipped in few tokens by columns");
     for (int64_t i = 0; i < in; ++i)
@@ -122,7 +118,7 @@ void bind_packing(nb::module_& m) {
   m.def("pack", &pack, "matrix"_a, "format"_a, "order"_a, "to"_a, "threads"_a = 0, "isa"_a = "",
         "Packs a matrix [out, in], bfloat16 as uint16, as int8 or int4 into `to`.");
   m.def("repack", &repack, "blocks"_a, "format"_a, "order"_a, "out"_a, "in_"_a, "to"_a, "threads"_a = 0,
-        "Lays the blocks of a GGUF tensor, q8_0 or q4_0, out for the products.");
+        "Lays the blocks of a GGUF tensor, q8_0, q4_0 or q6_k, out for the products.");
   m.def("product", &product, "weights"_a, "format"_a, "order"_a, "out"_a, "in_"_a, "x"_a, "y"_a, "begin"_a, "end"_a,
         "sparse"_a = false, "isa"_a = "",
         "Writes outputs begin … end − 1 of W x[t] for tokens x [t, in] to y [t, out].");

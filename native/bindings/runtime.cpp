@@ -81,6 +81,8 @@ Tensor packed_tensor(const Array& bytes, const nb::tuple& how) {
                       find_order(nb::cast<std::string>(how[1])), out, in};
   if (!is_packed(matrix.format) || matrix.bytes() != bytes.nbytes())
     throw std::invalid_argument("a packed matrix has another size than its description says");
+  if (matrix.format == Format::q6_k && matrix.order != Order::rows)
+    throw std::invalid_argument("a matrix of the format q6_k is laid out by rows only");
   return {matrix.data, matrix.format, {out, in}, matrix.order};
 }
 

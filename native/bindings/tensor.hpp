@@ -28,7 +28,8 @@ inline Tensor tensor(const Array& array) {
 }
 
 inline Format find_format(const std::string& name) {
-  constexpr const char* names[format_count] = {"float32", "bfloat16", "float16", "int8", "q8_0", "int4", "q4_0"};
+  constexpr const char* names[format_count] = {"float32", "bfloat16", "float16", "int8", "q8_0", "int4", "q4_0",
+                                                "q6_k"};
   for (int i = 0; i < format_count; ++i)
     if (name == names[i]) return static_cast<Format>(i);
   throw std::invalid_argument("no format '" + name + "'");

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "kernels/packing.hpp"
+#include "kernels/prepared.hpp"
 #include "kernels/product.hpp"
 
 namespace rookery {
@@ -53,17 +54,9 @@ std::vector<float> products(const ProductKernels& kernels, const Matrix& matrix,
   std::vector<float> x(static_cast<std::size_t>(tokens * matrix.in)), y(static_cast<std::size_t>(tokens * matrix.out));
   for (float& number : x) number = next();
   Product product{x.data(), matrix.in, y.data(), matrix.out, tokens};
-  std::vector<float> memory;
-  if (is_packed(matrix.format)) {
-    const int64_t group = packing(matrix.format).group;
-    memory.resize(static_cast<std::size_t>(Integers::floats(tokens, matrix.in, group)));
-    product.integers = Integers(memory.data(), tokens, matrix.in, group);
-    kernels.quantise(x.data(), matrix.in, 0, matrix.in, 0, tokens, product.integers);
-  } else {
-    memory.resize(static_cast<std::size_t>(Rounded::floats(tokens, matrix.in)));
-    product.rounded = Rounded(memory.data(), matrix.in);
-    kernels.round(x.data(), matrix.in, 0, matrix.in, 0, tokens, product.rounded);
-  }
+  std::vector<float> memory(static_cast<std::size_t>(prepared_floats(tokens, matrix.in)));
+  prepare(kernels, matrix, product, memory.data());
+  fill(kernels, product, 0, matrix.in, 0, tokens);
   kernels.run[static_cast<int>(matrix.order)][static_cast<int>(matrix.format)](matrix, product, 0, matrix.out);
   return y;
 }

@@ -7,10 +7,10 @@
 
 namespace rookery {
 
-// How a number is stored; the order is that of the kernel tables. The last four are packed: see `Packing`.
-enum class Format : std::uint8_t { float32, bfloat16, float16, int8, q8_0, int4, q4_0 };
+// How a number is stored; the order is that of the kernel tables. The last five are packed: see `Packing`.
+enum class Format : std::uint8_t { float32, bfloat16, float16, int8, q8_0, int4, q4_0, q6_k };
 constexpr int float_format_count = 3;
-constexpr int format_count = 7;
+constexpr int format_count = 8;
 
 // Which index runs fastest: in `rows` the inputs of an output lie side by side ([out, in], as linear layers are
 // stored), in `columns` the outputs of an input ([in, out]: an input that is zero can be skipped).
@@ -36,15 +36,25 @@ constexpr std::array<std::int8_t, 16> q4_0_levels{-8, -7, -6, -5, -4, -3, -2, -1
 // By columns: for each group the scales of all outputs, then one row for each of its inputs, in lines of 64 bytes, or
 // at 4 bits of 128 outputs, the first 64 in the low halves. Byte 16 l + 4 v + e of a line is output 16 v + 4 l + e: four
 // rows interleaved byte by byte, then pair by pair, give lines as those of panels.
+//
+// Q6_K, by rows only: a block of 256 inputs has a float16 scale, and each of its runs of 16 a whole number that the scale is
+// multiplied with. Groups, as far as these inputs share one scale of theirs, are of 64. A panel has the scales, [blocks,
+// 16], the runs' numbers, [runs, 16], then three lines for each run: codes' low halves in two, and in the third two more
+// bits for each of its four times four inputs. A code is the number + 32.
 struct Packing {
   int bits;
   std::int64_t group;  // inputs that share a scale
+
+  static constexpr std::int64_t block = 256, run = 16;  // of Q6_K
 
   static constexpr std::int64_t panel = 16, line = 64;
   std::int64_t groups(std::int64_t in) const { return (in + group - 1) / group; }
   std::int64_t padded(std::int64_t in) const { return groups(in) * group; }
   std::int64_t panels(std::int64_t out) const { return (out + panel - 1) / panel; }
-  std::int64_t panel_scale_bytes(std::int64_t in) const { return (groups(in) * panel * 2 + line - 1) / line * line; }
+  std::int64_t panel_scale_bytes(std::int64_t in) const {
+    const std::int64_t bytes = bits == 6 ? (in / block * 2 + in / run) * panel : groups(in) * panel * 2;
+    return (bytes + line - 1) / line * line;
+  }
   std::int64_t panel_bytes(std::int64_t in) const { return panel_scale_bytes(in) + padded(in) * panel * bits / 8; }
   std::int64_t outputs_of_line() const { return line * 8 / bits; }
   std::int64_t lines(std::int64_t out) const { return (out + outputs_of_line() - 1) / outputs_of_line(); }
@@ -57,6 +67,7 @@ struct Packing {
 
 // Only for packed formats.
 constexpr Packing packing(Format format) {
+  if (format == Format::q6_k) return {6, 64};
   return {format == Format::int8 || format == Format::q8_0 ? 8 : 4, format == Format::int8 ? 64 : 32};
 }
 

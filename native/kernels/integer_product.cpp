@@ -8,6 +8,7 @@
 #include "core/math.hpp"
 #include "core/scratch.hpp"
 #include "kernels/bytes.hpp"
+#include "kernels/q6_k_product.hpp"
 #if defined(ROOKERY_TILES)
 #include "kernels/tile_integers.hpp"
 #endif
@@ -454,6 +455,7 @@ void quantise(
 }
 
 void row(const Matrix& w, int64_t output, float* weights) {
+  if (w.format == Format::q6_k) return q6_k_row(w, output, weights);
   const Packing how = packing(w.format);
   const auto* at = static_cast<const std::uint8_t*>(w.data) + output / panel * how.panel_bytes(w.in);
   const std::uint8_t* data = at + how.panel_scale_bytes(w.in);

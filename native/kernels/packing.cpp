@@ -168,11 +168,39 @@ void pack(const Matrix& from, Format format, Order order, int64_t begin, int64_t
   });
 }
 
+// A block has the low halves of codes, 128 bytes, two more bits of each, 64, a number for each run and the scale. Of each
+// half of a block, 128 inputs, input 32 i + j has its low half in byte 32 (i % 2) + j, below or above, and its two bits in
+// byte j at 2 i.
+void repack_q6_k(const std::uint8_t* blocks, int64_t out, int64_t in, int64_t begin, int64_t end, std::uint8_t* to) {
+  const Packing how = rookery::packing(Format::q6_k);
+  const int64_t size = block_bytes(Format::q6_k);
+  std::memset(to + begin * how.panel_bytes(in), 0, static_cast<std::size_t>((end - begin) * how.panel_bytes(in)));
+  for (int64_t o = begin * panel; o < std::min(out, end * panel); ++o) {
+    std::uint8_t* at = to + o / panel * how.panel_bytes(in);
+    const int64_t lane = o % panel;
+    for (int64_t b = 0; b < in / how.block; ++b) {
+      const std::uint8_t *from = blocks + (o * (in / how.block) + b) * size, *scales = from + 192;
+      std::memcpy(at + (b * panel + lane) * 2, from + 208, 2);
+      for (int64_t i = 0; i < how.block; ++i) {
+        const int64_t half = i / 128, part = i % 128 / 32, j = i % 32;
+        const int low = from[64 * half + 32 * (part % 2) + j] >> (part / 2 * 4) & 15;
+        const int high = from[128 + 32 * half + j] >> (2 * part) & 3;
+        const int64_t run = (b * how.block + i) / how.run, q = i % how.run / 4, place = 4 * lane + i % 4;
+        std::uint8_t* lines = at + how.panel_scale_bytes(in) + run * 3 * line + place;
+        lines[q / 2 * line] |= static_cast<std::uint8_t>(low << (q % 2 * 4));
+        lines[2 * line] |= static_cast<std::uint8_t>(high << (2 * q));
+        if (i % how.run == 0) at[in / how.block * panel * 2 + run * panel + lane] = scales[i / how.run];
+      }
+    }
+  }
+}
+
 void repack(
     const std::uint8_t* blocks, Format format, Order order, int64_t out, int64_t in, int64_t begin, int64_t end,
     std::uint8_t* to) {
+  if (format == Format::q6_k) return repack_q6_k(blocks, out, in, begin, end, to);
   const Target target{rookery::packing(format), order, out, in, to};
-  const int64_t size = format == Format::q8_0 ? 34 : 18;
+  const int64_t size = block_bytes(format);
   target.fill(begin, end, [&](int64_t o, int64_t g, Coded& coded) {
     const std::uint8_t* block = blocks + (o * (in / 32) + g) * size;
     std::memcpy(&coded.scale, block, 2);

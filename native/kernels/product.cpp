@@ -11,6 +11,7 @@
 #include "core/simd.hpp"
 #include "kernels/column_product.hpp"
 #include "kernels/integer_product.hpp"
+#include "kernels/q6_k_product.hpp"
 #if defined(ROOKERY_TILES)
 #include "kernels/tile_rows.hpp"
 #endif
@@ -316,10 +317,10 @@ constexpr decltype(ProductKernels::round) round = nullptr;
 
 const ProductKernels ROOKERY_ISA::product{
     {{by_rows<float>, by_rows<std::uint16_t>, by_rows<float16>, ROOKERY_ISA::int8_by_rows,
-      ROOKERY_ISA::q8_0_by_rows, ROOKERY_ISA::int4_by_rows, ROOKERY_ISA::int4_by_rows},
+      ROOKERY_ISA::q8_0_by_rows, ROOKERY_ISA::int4_by_rows, ROOKERY_ISA::int4_by_rows, ROOKERY_ISA::q6_k_by_rows},
      {ROOKERY_ISA::float32_by_columns, ROOKERY_ISA::bfloat16_by_columns, ROOKERY_ISA::float16_by_columns,
       ROOKERY_ISA::int8_by_columns, ROOKERY_ISA::q8_0_by_columns, ROOKERY_ISA::int4_by_columns,
-      ROOKERY_ISA::int4_by_columns}},
+      ROOKERY_ISA::int4_by_columns, nullptr}},
     ROOKERY_ISA::few_tokens,
     ROOKERY_ISA::quantise,
     ROOKERY_ISA::round,

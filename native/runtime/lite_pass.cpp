@@ -254,10 +254,10 @@ void Pass::fetched_columns(
     }
     product.x = compact.data();
     product.x_stride = count;
-    if (is_prepared(value)) {
-      rounded.resize(static_cast<std::size_t>(Rounded::floats(count_, count)));
-      product.rounded = Rounded(rounded.data(), count);
-      fill(product, {0, count}, {0, count_});
+    if (is_prepared(product_, value)) {
+      rounded.resize(static_cast<std::size_t>(prepared_floats(count_, count)));
+      prepare(product_, value, product, rounded.data());
+      fill(product_, product, 0, count, 0, count_);
     }
   }
   static const std::int32_t nothing = 0;

@@ -7,14 +7,6 @@ namespace rookery {
 using std::int64_t;
 
 namespace {
-// Floats for vectors in the form that any matrix is multiplied with.
-int64_t prepared_floats(int64_t tokens, int64_t in) {
-  int64_t most = Rounded::floats(tokens, in);
-  for (int format = float_format_count; format < format_count; ++format)
-    most = std::max(most, Integers::floats(tokens, in, packing(static_cast<Format>(format)).group));
-  return (most + 15) / 16 * 16;
-}
-
 // Outputs of a matrix by columns that must not be cut.
 int64_t unit_of(const Matrix& matrix) {
   return is_packed(matrix.format) ? packing(matrix.format).outputs_of_line() : 16;
@@ -97,29 +89,12 @@ void Pass::shift(std::size_t layer, const Norm& weights, const std::vector<float
   watch_.mark(StepPart::mix);
 }
 
-bool Pass::is_prepared(const Matrix& matrix) const {
-  return is_packed(matrix.format) || (matrix.format == Format::bfloat16 && product_.round);
-}
-
-void Pass::prepare(const Matrix& matrix, Product& product, float* memory) const {
-  if (is_packed(matrix.format))
-    product.integers = Integers(memory, product.tokens, matrix.in, packing(matrix.format).group);
-  else
-    product.rounded = Rounded(memory, matrix.in);
-}
-
-void Pass::fill(const Product& product, Range inputs, Range tokens) const {
-  if (product.integers.values)
-    product_.quantise(
-        product.x, product.x_stride, inputs.begin, inputs.end, tokens.begin, tokens.end, product.integers);
-  else if (product.rounded.values)
-    product_.round(product.x, product.x_stride, inputs.begin, inputs.end, tokens.begin, tokens.end, product.rounded);
-}
-
 Product Pass::prepared(const Matrix& matrix, Product product, int64_t slot) const {
-  if (!is_prepared(matrix) || matrix.order == Order::columns) return product;
-  prepare(matrix, product, prepared_ + slot * slot_);
-  by_tokens([&](Range range) { fill(product, {0, matrix.in}, {range.begin, std::min(range.end, product.tokens)}); });
+  if (!is_prepared(product_, matrix) || matrix.order == Order::columns) return product;
+  prepare(product_, matrix, product, prepared_ + slot * slot_);
+  by_tokens([&](Range range) {
+    fill(product_, product, 0, matrix.in, range.begin, std::min(range.end, product.tokens));
+  });
   return product;
 }
 
@@ -241,8 +216,8 @@ void Pass::hidden_columns(const ChannelMix& mix, Range units) {
     product.active = active_ + units.begin;
     product.active_count = find_active(active_ + units.begin, units, is_not_zero);
   };
-  if (is_prepared(mix.value)) prepare(mix.value, product, hidden_prepared_);
-  fill(product, units, {0, count_});
+  prepare(product_, mix.value, product, hidden_prepared_);
+  fill(product_, product, units.begin, units.end, 0, count_);
   if (const auto& rounded = product.rounded; rounded.values)
     find([&](int64_t t, int64_t j) { return (rounded.values[t * rounded.stride + j] & 0x7fff) != 0; });
   else if (const auto& integers = product.integers; integers.values)
@@ -271,8 +246,8 @@ void Pass::add_hidden_columns(const ChannelMix& mix, float* y) {
 
 void Pass::multiply_hidden(const Matrix& value, int64_t from, float* y) {
   Product product = dense(hidden_, sizes_.hidden, y - from, sizes_.width, true);
-  if (is_prepared(value)) prepare(value, product, hidden_prepared_);
-  by_tokens([&](Range range) { fill(product, {0, sizes_.hidden}, range); });
+  prepare(product_, value, product, hidden_prepared_);
+  by_tokens([&](Range range) { fill(product_, product, 0, sizes_.hidden, range.begin, range.end); });
   shared_out(sizes_.width, unit_of(value), value.bytes_of_output(), [&](Range range) {
     multiply(value, product, {from + range.begin, from + range.end});
   });

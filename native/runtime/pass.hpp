@@ -8,6 +8,7 @@
 
 #include "core/threads.hpp"
 #include "kernels/elementwise.hpp"
+#include "kernels/prepared.hpp"
 #include "kernels/product.hpp"
 #include "kernels/relu_squared.hpp"
 #include "kernels/shadow.hpp"
@@ -159,10 +160,6 @@ class Pass {
   void head();
   void head_by_clusters(std::int64_t row);
   void take_for_guesses(Workspace& memory);
-  // Whether a matrix is multiplied with integers or rounded numbers: `prepare` gives them memory, `fill` numbers.
-  bool is_prepared(const Matrix& matrix) const;
-  void prepare(const Matrix& matrix, Product& product, float* memory) const;
-  void fill(const Product& product, Range inputs, Range tokens) const;
   // Hidden units of `range` that some token needs.
   template <class Is>
   std::int64_t find_active(std::int32_t* list, Range range, Is&& is_needed) const {

@@ -1,6 +1,6 @@
 // Products with packed matrices of 8 and 4 bits, which give the same bits on every instruction set.
 #include "kernels/packing.hpp"
-#include "kernels/product.hpp"
+#include "kernels/prepared.hpp"
 #include "tests/check.hpp"
 
 namespace rookery::tests {
@@ -35,12 +35,11 @@ PackedMatrix packed(Format format, Order order, const Case& c, Fill&& fill) {
 
 Floats run(Isa isa, const Matrix& matrix, const Floats& x, int64_t first, int64_t count) {
   const ProductKernels& kernels = product_kernels(isa);
-  const int64_t group = packing(matrix.format).group;
   Floats y(static_cast<std::size_t>(count * matrix.out));
-  Floats memory(static_cast<std::size_t>(Integers::floats(count, matrix.in, group)));
+  Floats memory(static_cast<std::size_t>(prepared_floats(count, matrix.in)));
   Product product{x.data() + first * matrix.in, matrix.in, y.data(), matrix.out, count};
-  product.integers = Integers(memory.data(), count, matrix.in, group);
-  kernels.quantise(product.x, matrix.in, 0, matrix.in, 0, count, product.integers);
+  prepare(kernels, matrix, product, memory.data());
+  fill(kernels, product, 0, matrix.in, 0, count);
   kernels.run[static_cast<int>(matrix.order)][static_cast<int>(matrix.format)](matrix, product, 0, matrix.out);
   return y;
 }
@@ -145,6 +144,37 @@ TEST(blocks_of_gguf_files_are_repacked_without_loss) {
           check(format, order, made, want, c, first);
         }
     }
+}
+
+TEST(blocks_of_six_bits_are_repacked_without_loss) {
+  Random random(63);
+  for (const Case c : {Case{1, 256}, Case{37, 512}, Case{48, 768}}) {
+    Bytes given;
+    Floats want;
+    for (int64_t b = 0; b < c.out * c.in / 256; ++b) {
+      // by the format's own description: 128 bytes of low halves, 64 of two more bits, 16 scales, their scale
+      for (int i = 0; i < 208; ++i) given.push_back(static_cast<std::uint8_t>(random.below(256)));
+      const auto scale = static_cast<std::uint16_t>((4 + random.below(8)) << 10 | random.below(1024));
+      given.push_back(static_cast<std::uint8_t>(scale & 255));
+      given.push_back(static_cast<std::uint8_t>(scale >> 8));
+      const std::uint8_t* block = given.data() + given.size() - 210;
+      for (int i = 0; i < 256; ++i) {
+        const int half = i / 128, part = i % 128 / 32, j = i % 32;
+        const int low = block[64 * half + part % 2 * 32 + j], high = block[128 + 32 * half + j];
+        const int code = (part < 2 ? low & 15 : low >> 4) | (high >> (2 * part) & 3) << 4;
+        const auto of_run = static_cast<float>(static_cast<std::int8_t>(block[192 + i / 16]));
+        want.push_back(widened(scale, Format::float16) * of_run * static_cast<float>(code - 32));
+      }
+    }
+    Floats first;
+    for (const Isa isa : available_isas()) {
+      const auto made = packed(Format::q6_k, Order::rows, c, [&](int64_t begin, int64_t end, std::uint8_t* to) {
+        packing_kernels(isa).repack(given.data(), Format::q6_k, Order::rows, c.out, c.in, begin, end, to);
+      });
+      expect(same(weights_of(made.matrix), want), name(isa), c.out, c.in, "other weights");
+      check(Format::q6_k, Order::rows, made, want, c, first);
+    }
+  }
 }
 
 }  // namespace

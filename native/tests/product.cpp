@@ -1,4 +1,4 @@
-#include "kernels/product.hpp"
+#include "kernels/prepared.hpp"
 
 #include <cstring>
 #include <vector>
@@ -43,10 +43,10 @@ Floats run(
   const ProductKernels& kernels = product_kernels(way.isa);
   Floats y(static_cast<std::size_t>(tokens * matrix.out));
   Product product{x.data() + first * matrix.in, matrix.in, y.data(), matrix.out, tokens};
-  Floats memory(static_cast<std::size_t>(Rounded::floats(tokens, matrix.in)));
+  Floats memory(static_cast<std::size_t>(prepared_floats(tokens, matrix.in)));
   if (way.rounds) {
-    product.rounded = Rounded(memory.data(), matrix.in);
-    kernels.round(product.x, matrix.in, 0, matrix.in, 0, tokens, product.rounded);
+    prepare(kernels, matrix, product, memory.data());
+    fill(kernels, product, 0, matrix.in, 0, tokens);
   }
   if (active) {
     product.active = active->data();

@@ -148,6 +148,7 @@ def test_k_quants_are_read_as_the_package_reads_them(tmp_path, kind):
     assert (stored.shape, stored.encoding) == ((256, weights_per_block), kind.name)
     np.testing.assert_array_equal(stored.read(), gguf.quants.dequantize(blocks, kind))
     assert np.isfinite(stored.read()).all()
+    assert (stored.packed is not None) == (kind == T.Q6_K)
 
 
 @pytest.mark.parametrize("family", ["rwkv6", "rwkv7"])

@@ -12,8 +12,9 @@ from support.language import randomise
 from rookery import LLM, _native
 from rookery.checkpoints import open_checkpoint
 from rookery.checkpoints.convert import convert
-from rookery.checkpoints.pack import BITS, FORMATS, GROUP, LEVELS, pack, packed_size, repack, unpack
+from rookery.checkpoints.pack import FORMATS, GROUP, LEVELS, for_runtime, pack, packed_size, repack, unpack
 from rookery.checkpoints.safetensors import read_safetensors, write_safetensors
+from rookery.checkpoints.source import Packed, Stored
 from rookery.engine.runners.native import NativeRunner
 from rookery.errors import BadCheckpoint, UnknownName
 from rookery.models import create_model, load, save_model
@@ -148,7 +149,55 @@ def test_blocks_of_gguf_files_keep_their_numbers(format, order):
     np.testing.assert_array_equal(mine, gguf.quants.dequantize(blocks, kind))
 
 
-@pytest.mark.parametrize("format", BITS)
+def six_bits(out, inputs):
+    """Blocks of a Q6_K matrix: random bytes, scales that are no powers of two; the gguf package cannot make them."""
+    random = np.random.default_rng(3)
+    blocks = random.integers(0, 256, (out, inputs // 256, 210), np.uint8)
+    blocks[..., 208:] = random.uniform(1e-3, 2e-3, (out, inputs // 256, 1)).astype(np.float16).view(np.uint8)
+    return blocks
+
+
+def expected_of_six_bits(blocks, x):
+    """As `expected_product`: whole numbers times those of runs within groups of 64, then one product a group."""
+    numbers, scales = as_integers(x, 64)
+    of_blocks = blocks[..., 208:].copy().view(np.float16).astype(np.float32)[..., 0]
+    blocks = blocks.copy()
+    blocks[..., 208:] = np.array([1], np.float16).view(np.uint8)
+    whole = gguf.quants.dequantize(blocks.reshape(len(blocks), -1), gguf.GGMLQuantizationType.Q6_K)
+    dots = np.einsum("tgi,ogi->tog", numbers, whole.reshape(len(blocks), -1, 64).astype(np.float64)).astype(np.float32)
+    terms = dots * (np.repeat(of_blocks, 4, axis=1) * scales[:, None])
+    total = np.zeros(dots.shape[:2], np.float32)
+    for first, second in zip(terms[..., ::2].transpose(2, 0, 1), terms[..., 1::2].transpose(2, 0, 1), strict=True):
+        total += first + second
+    return total
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_products_with_six_bits_are_those_of_the_contract_bit_for_bit(isa):
+    blocks, x = six_bits(37, 768), normal(20, 768, seed=1)
+    x[:, ::5] = 0
+    weights = repack(blocks, "q6_k", "rows", (37, 768))
+    assert len(weights) == _native.packed_size("q6_k", "rows", 37, 768)
+    expected = expected_of_six_bits(blocks, x)
+    for tokens in (1, 3, 4, 20):
+        y = product(weights, "q6_k", "rows", (37, 768), x[:tokens], isa)
+        np.testing.assert_array_equal(y, expected[:tokens])
+    exact = x @ gguf.quants.dequantize(blocks.reshape(37, -1), gguf.GGMLQuantizationType.Q6_K).T
+    assert np.abs(expected - exact).max() < 0.01 * np.abs(exact).max()
+
+
+def test_a_matrix_of_six_bits_is_multiplied_as_it_is_where_rows_are_read():
+    blocks = six_bits(16, 256)
+    tensor = Stored((16, 256), np.dtype(np.float32), blocks.copy, "Q6_K", 0, Packed("q6_k", "blocks", lambda: blocks))
+    bytes, *how = for_runtime("head.weight", tensor, None)
+    np.testing.assert_array_equal(bytes, repack(blocks, "q6_k", "rows", (16, 256)))
+    assert how == ["q6_k", "rows"]
+    assert for_runtime("blocks.0.ffn.value.weight", tensor, None) is None
+    with pytest.raises(ValueError, match="q6_k is laid out by rows only"):
+        _native.repack(blocks.reshape(-1), "q6_k", "columns", 16, 256, bytes)
+
+
+@pytest.mark.parametrize("format", GROUP)
 @pytest.mark.parametrize("order", ["rows", "columns"])
 def test_sizes_are_those_of_the_runtime(format, order):
     for out, inputs in [*SHAPES, (1, 1), (0, 5), (16, 64)]:

@@ -31,6 +31,8 @@ PACKED = {
     14: ("Q6_K", 256, 210),
 }
 """Number of a type in the file -> its name, weights in a block, bytes of a block."""
+NATIVE = ("Q8_0", "Q6_K", "Q4_0")
+"""Types whose blocks the compiled runtime multiplies with."""
 NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 """Number of a setting's type -> numpy type; 8 is text, 9 a list."""
 TEXT, LIST = 8, 9
@@ -139,7 +141,7 @@ def _tensor(data: np.ndarray, start: int, name: str, shape: tuple[int, ...], kin
         return plain(data, start, shape, PLAIN[kind])
     packed = data[start : start + nbytes]
     name = PACKED[kind][0]
-    native = Packed(name.lower(), "blocks", lambda: packed) if name in ("Q8_0", "Q4_0") and len(shape) == 2 else None
+    native = Packed(name.lower(), "blocks", lambda: packed) if name in NATIVE and len(shape) == 2 else None
     return Stored(shape, np.dtype(np.float32), partial(_floats, packed, kind, shape), name, nbytes, native)
 
 

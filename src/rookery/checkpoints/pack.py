@@ -20,7 +20,7 @@ VERSION = "pack-1"
 """Version of the layout and of its description."""
 FORMATS = ("int8", "int4")
 """What `quantize` and `convert` may name."""
-BITS = {"int8": 8, "q8_0": 8, "int4": 4, "q4_0": 4}
+BITS = {"int8": 8, "q8_0": 8, "q6_k": 6, "int4": 4, "q4_0": 4}
 GROUP = {"int8": 64, "q8_0": 32, "int4": 32, "q4_0": 32}
 """Inputs that share a scale."""
 LEVELS = {
@@ -141,14 +141,16 @@ def for_runtime(name: str, tensor: Stored, wanted: tuple[str, str] | None) -> tu
     if has is not None and (wanted is None or BITS[has.format] <= BITS[wanted[0]]):
         if has.order != "blocks":
             return has.data(), has.format, has.order
-        return repack(has.data(), has.format, order_of(name), tensor.shape), has.format, order_of(name)
+        order = order_of(name)
+        if has.format != "q6_k" or order == "rows":  # its scales are too many to be read with every column
+            return repack(has.data(), has.format, order, tensor.shape), has.format, order
     if wanted is None:
         return None
     return pack(tensor.read(), *wanted), *wanted
 
 
 def repack(blocks: np.ndarray, format: str, order: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The bytes of a GGUF tensor's blocks, "q8_0" or "q4_0", as a packed matrix."""
+    """The bytes of a GGUF tensor's blocks, "q8_0", "q4_0" or, for the order "rows", "q6_k", as a packed matrix."""
     from rookery import _native
 
     out, inputs = shape
@@ -166,6 +168,9 @@ def aligned(nbytes: int) -> np.ndarray:
 
 def packed_size(format: str, order: str, out: int, inputs: int) -> int:
     """Bytes of a packed matrix."""
+    if format == "q6_k":
+        scales = -(-(inputs // 256 * 2 + inputs // 16) * PANEL // LINE) * LINE
+        return -(-out // PANEL) * (scales + inputs * PANEL * 6 // 8)
     bits, group = BITS[format], GROUP[format]
     groups = -(-inputs // group)
     if order == "rows":

@@ -23,7 +23,7 @@ class Packed:
     """A matrix of 8 or 4 bits as its file has it."""
 
     format: str
-    """"int8" or "int4", laid out as in `rookery.checkpoints.pack`; or "q8_0" or "q4_0", the blocks of a GGUF file."""
+    """"int8" or "int4", laid out as in `rookery.checkpoints.pack`; "q8_0", "q6_k" or "q4_0", blocks of a GGUF file."""
     order: str
     """"rows", "columns" or "blocks"."""
     data: Callable[[], np.ndarray]
