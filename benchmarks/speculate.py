@@ -24,7 +24,8 @@ from rookery.engine.stream import Order
 from rookery.families import rwkv7
 
 PROMPTS = {
-    "repetitive": "Tom likes the big red ball. Sue likes the big red ball. Max likes the big red ball. " * 4,
+    # the embedded model goes on repeating this, where it takes the likeliest tokens
+    "repetitive": " ".join(["The sun is up. The sky is blue. The bird sings. I love you."] * 6),
     "free": "Once upon a time, in a land far away, there lived",
 }
 

@@ -42,8 +42,9 @@ class CudaGraphs:
                     run()
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            # one pool for all: they never run at the same time, and what one gives is read before the next runs
-            with torch.cuda.graph(graph, pool=self._pool):
+            # one pool for all: they never run at the same time, and what one gives is read before the next runs; other
+            # threads may go on using the GPU
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 run()
         self._pool = graph.pool()
         return graph.replay
