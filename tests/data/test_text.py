@@ -106,7 +106,7 @@ def test_validation_rows_are_consecutive():
 def test_packed_documents_never_cross_a_border_and_are_all_seen_once_a_pass():
     documents = [b"abcdefghijk\0", b"xy\0", b"\0", b"pqrst\0"]
     tokens = np.frombuffer(b"".join(documents), np.uint8).astype(np.uint16)
-    packed = PackedDocuments(Corpus(tokens), length=4, budget=8, seed=0)
+    packed = PackedDocuments([Corpus(tokens)], length=4, budget=8, seed=0)
     seen = []
     for step in range(1, 10):
         batch = packed.batch(step)
@@ -131,6 +131,20 @@ def test_sources_are_mixed_by_their_weights():
     windows = Windows(corpora, 8, seed=0, weights=[3, 1])
     inputs, _ = windows.batch(1, 1000)
     assert (inputs[:, 0] == 1).sum() == 750
+
+
+def test_packed_documents_of_several_sources_are_mixed_by_their_weights():
+    corpora = [Corpus(np.full(60, value, np.uint16), lengths=np.full(20, 3)) for value in (1, 2)]
+    packed = PackedDocuments(corpora, length=4, budget=400, seed=0, weights=[3, 1])
+    drawn = np.concatenate([packed.batch(step).inputs.numpy().ravel() for step in range(1, 26)])
+    assert len(drawn) == 25 * 40 * 2
+    assert (drawn == 1).mean() == 0.75
+    again = PackedDocuments(corpora, length=4, budget=400, seed=0, weights=[3, 1])
+    assert np.array_equal(again.batch(20).inputs, packed.batch(20).inputs)
+    both = PackedDocuments(corpora, length=4, budget=80, seed=0).batch(1).inputs
+    assert sorted(both.ravel().tolist()) == [1] * 40 + [2] * 40
+    with pytest.raises(ValueError, match="1 numbers for 2 paths"):
+        PackedDocuments(corpora, 4, 400, 0, [1])
 
 
 def test_weights_that_do_not_fit_the_sources_are_refused():

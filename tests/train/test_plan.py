@@ -4,8 +4,11 @@ import dataclasses
 
 import pytest
 
+from rookery.adapt.peft import attach
+from rookery.adapt.state_tuning import StartState
 from rookery.cli.main import main
-from rookery.models import create_model
+from rookery.engine.llm import EMBEDDED
+from rookery.models import create_model, load
 from rookery.recipes import recipe
 from rookery.train.config import overlay
 from rookery.train.plan import plan
@@ -50,5 +53,32 @@ def test_a_dry_run_prints_them(capsys):
 
 
 def test_a_dry_run_says_why_it_cannot_estimate(capsys):
-    assert main(["train", "tiny-test", "--dry-run", "--set", "initial=model.pth"]) == 0
+    assert main(["train", "digits", "--dry-run"]) == 0
     assert "no estimate: estimates are made of language models" in capsys.readouterr().err
+    assert main(["finetune", "lora", "--dry-run"]) == 0
+    assert "no estimate: no model to fine-tune" in capsys.readouterr().err
+    assert main(["finetune", "state", "--dry-run", "--set", "base=embedded", "--set", "adapt.features=8"]) == 0
+    assert "the memory of a kernel state is not estimated" in capsys.readouterr().err
+    assert main(["train", "tiny-test", "--dry-run", "--set", "initial=model.pth"]) == 0
+    assert "model.pth" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "miss", "state"])
+def test_what_learns_beside_a_model_is_counted(method):
+    pytest.importorskip("peft")
+    config = overlay(recipe("lora"), {"base": "embedded", "adapt": {"method": method, "rank": 8}, "batch_size": 1})
+    found = plan(config)
+    model = load(EMBEDDED)
+    if method == "state":
+        assert found.trained == sum(p.numel() for p in StartState(model).parameters())
+    else:
+        attach(model, config.adapt)
+        assert found.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found.weights == 4 * found.parameters + 16 * found.trained
+
+
+def test_a_rounded_base_is_smaller():
+    pytest.importorskip("peft")
+    config = overlay(recipe("lora"), {"base": "embedded", "dtype": "bfloat16", "batch_size": 1})
+    plain, int8, int4 = (plan(overlay(config, {"adapt": {"base": base}})).weights for base in ("", "int8", "int4"))
+    assert plain > int8 > int4

@@ -62,6 +62,11 @@ class BinIdx:
         return self.tokens[self.starts[i] : self.starts[i] + self.sizes[i]]
 
 
+def is_binidx(path: str) -> bool:
+    """Whether `path` names a data set of tokens, by either of its files or their common name."""
+    return path.endswith((".bin", ".idx")) or (not Path(path).exists() and Path(path + ".idx").exists())
+
+
 def prefix_of(path: str | Path) -> Path:
     """The common name of the two files."""
     path = Path(path)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rookery.data.binidx import BinIdx, is_binidx
 from rookery.data.documents import DATASET, dataset_rows, parquet_rows
 from rookery.tokenizers.base import Tokenizer
 from rookery.tokenizers.chat import spoken_parts
@@ -171,9 +172,15 @@ def encode(parts: Sequence[tuple[str, bool]], tokenizer: Tokenizer) -> Sample:
 
 
 def read_samples(paths: str, tokenizer: Tokenizer, template: str, mask: Mask = "assistant") -> list[Sample]:
-    """The samples of files separated by commas. ValueError names the place of a record that cannot be read."""
+    """The samples of files separated by commas. ValueError names the place of a record that cannot be read.
+
+    Documents of a binidx data set (`rookery data build`) are texts, learned whole.
+    """
     samples = []
     for path in filter(None, paths.split(",")):
+        if is_binidx(path):
+            samples += _tokens(path, tokenizer)
+            continue
         for place, record in read_records(path):
             try:
                 samples.append(encode(parts_of(record, template, mask), tokenizer))
@@ -182,6 +189,19 @@ def read_samples(paths: str, tokenizer: Tokenizer, template: str, mask: Mask = "
     if not samples:
         raise ValueError(f"there are no records in {paths!r}")
     return samples
+
+
+def _tokens(path: str, tokenizer: Tokenizer) -> list[Sample]:
+    found = []
+    for document in BinIdx(path):
+        tokens = document.astype(np.int64)
+        if len(tokens) and tokens.max() >= tokenizer.vocab_size:
+            raise ValueError(
+                f"{path} holds the token {tokens.max()}, the tokenizer has {tokenizer.vocab_size}; "
+                "give the one it was made with"
+            )
+        found.append(Sample(tokens, np.arange(len(tokens)) > 0))
+    return found
 
 
 @dataclass(frozen=True)

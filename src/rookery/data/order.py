@@ -131,3 +131,12 @@ class Mixture:
             self._block = block
         source = int(self._sources[place])
         return source, block * int(self.counts[source]) + int((self._sources[:place] == source).sum())
+
+
+def mixture(weights: Sequence[float], sources: int, seed: int) -> Mixture | None:
+    """The mixture of so many sources, None where no weights are given; ValueError where they are not one a source."""
+    if not weights:
+        return None
+    if len(weights) != sources:
+        raise ValueError(f"data.weights has {len(weights)} numbers for {sources} paths; give one for each")
+    return Mixture(weights, seed)

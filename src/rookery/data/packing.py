@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rookery.data.jsonl import Sample
+from rookery.data.order import Permuted, mixture
 
 IGNORED = -100
 """Target that no loss counts."""
@@ -93,10 +94,24 @@ class Packs:
     sees what an uninterrupted one would have seen.
     """
 
-    def __init__(self, lengths: Sequence[int], budget: int, seed: int) -> None:
-        """`lengths` are the documents' tokens; ValueError where there are none or one is longer than `budget`."""
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        budget: int,
+        seed: int,
+        sources: Sequence[int] = (),
+        weights: Sequence[float] = (),
+    ) -> None:
+        """`lengths` are the documents' tokens; ValueError where there are none or one is longer than `budget`.
+
+        With `weights`, `sources` says how many of the documents, in their order, are of each source; a source's weight
+        is its share of the documents that are drawn, and a pass draws as many as there are.
+        """
         self.budget, self.seed = budget, seed
         self._lengths = np.array(lengths, np.int64)
+        self._mixture = mixture(weights, len(sources), seed)
+        self._firsts = np.cumsum([0, *sources])
+        self._orders = [Permuted(count, seed) for count in sources]
         if not len(lengths) or self._lengths.max() > budget:
             raise ValueError(f"documents need 1 to {budget} tokens each, and there must be one; got {len(lengths)}")
         self._batches: list[np.ndarray] = []
@@ -109,8 +124,15 @@ class Packs:
             self._epochs += 1
         return self._batches[step - 1]
 
+    def _order(self, epoch: int) -> np.ndarray:
+        total = len(self._lengths)
+        if self._mixture is None:
+            return np.random.Generator(np.random.Philox(key=self.seed, counter=epoch)).permutation(total)
+        drawn = (self._mixture.source(number) for number in range(epoch * total, (epoch + 1) * total))
+        return np.array([self._firsts[source] + self._orders[source].item(number) for source, number in drawn])
+
     def _epoch(self, epoch: int) -> list[np.ndarray]:
-        order = np.random.Generator(np.random.Philox(key=self.seed, counter=epoch)).permutation(len(self._lengths))
+        order = self._order(epoch)
         batches, first, filled = [], 0, 0
         for place, length in enumerate(self._lengths[order]):
             if filled + length > self.budget:

@@ -2,18 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rookery.data.binidx import BinIdx
+from rookery.data.binidx import is_binidx as is_binidx
 from rookery.data.documents import END_OF_TEXT as END_OF_TEXT
 from rookery.data.documents import read_documents as read_documents
 from rookery.data.documents import split as split
 from rookery.data.jsonl import Sample
-from rookery.data.order import Mixture, Official, Shuffled
+from rookery.data.order import Official, Shuffled, mixture
 from rookery.data.packing import PackedBatch, Packs, collate
 from rookery.tokenizers import Tokenizer
 
@@ -43,11 +43,6 @@ def tokenize(documents: list[str], tokenizer: Tokenizer) -> Corpus:
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
     rows = [np.asarray([*tokenizer.encode(text), END_OF_TEXT], dtype=dtype) for text in documents]
     return Corpus(np.concatenate(rows) if rows else np.empty(0, dtype), sum(map(len, documents)))
-
-
-def is_binidx(path: str) -> bool:
-    """Whether `path` names a data set of tokens, by either of its files or their common name."""
-    return path.endswith((".bin", ".idx")) or (not Path(path).exists() and Path(path + ".idx").exists())
 
 
 def open_tokens(path: str, vocab_size: int, validation_share: float) -> tuple[Corpus, Corpus]:
@@ -92,9 +87,7 @@ class Windows:
         self.length = length
         sizes = [len(corpus.tokens) for corpus in self.corpora]
         self.orders = [Official(n, length) if order == "official" else Shuffled(n, length, seed) for n in sizes]
-        if weights and len(weights) != len(sizes):
-            raise ValueError(f"data.weights has {len(weights)} numbers for {len(sizes)} paths; give one for each")
-        self.mixture = Mixture(weights or sizes, seed) if len(sizes) > 1 else None
+        self.mixture = mixture(weights or sizes, len(sizes), seed) if len(sizes) > 1 or weights else None
 
     def batch(self, step: int, rows: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, int64 [rows, length], of `step` (from 1)."""
@@ -111,29 +104,39 @@ class Windows:
 class PackedDocuments:
     """Whole documents, as many as fit into a step, each with a state of its own; longer ones in pieces."""
 
-    def __init__(self, corpus: Corpus, length: int, budget: int, seed: int) -> None:
-        """No piece has more than `length` inputs, no step more than `budget`."""
-        self.tokens = corpus.tokens
-        lengths = corpus.document_lengths().astype(np.int64)
-        starts = np.cumsum(lengths) - lengths
-        # the last token is a target only; a piece begins where the one before ends, with its last target
-        pieces = np.maximum(0, -(-(lengths - 1) // length))
-        first = np.repeat(np.cumsum(pieces) - pieces, pieces)
-        within = (np.arange(int(pieces.sum())) - first) * length
-        self.starts = np.repeat(starts, pieces) + within
-        self.inputs = np.minimum(length, np.repeat(lengths, pieces) - 1 - within)
-        self.packs = Packs(self.inputs, budget, seed)
+    def __init__(
+        self, corpora: Sequence[Corpus], length: int, budget: int, seed: int, weights: Sequence[float] = ()
+    ) -> None:
+        """No piece has more than `length` inputs, no step more than `budget`; `weights`, one a corpus: see `Packs`."""
+        self.corpora = list(corpora)
+        found = [_pieces(corpus, length) for corpus in self.corpora]
+        counts = [len(starts) for starts, _ in found]
+        self.starts, self.inputs = (np.concatenate(parts) for parts in zip(*found))
+        self.sources = np.repeat(np.arange(len(found)), counts)
+        self.packs = Packs(self.inputs, budget, seed, counts, weights)
 
     def samples(self, step: int) -> list[Sample]:
         """Documents of `step` (from 1)."""
         found = []
         for i in self.packs.indices(step):
-            tokens = self.tokens[self.starts[i] : self.starts[i] + self.inputs[i] + 1].astype(np.int64)
+            tokens = self.corpora[self.sources[i]].tokens[self.starts[i] : self.starts[i] + self.inputs[i] + 1]
+            tokens = tokens.astype(np.int64)
             found.append(Sample(tokens, np.ones(len(tokens), bool)))
         return found
 
     def batch(self, step: int) -> PackedBatch:
         return collate(self.samples(step))
+
+
+def _pieces(corpus: Corpus, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where each piece begins, and how many inputs it has."""
+    lengths = corpus.document_lengths().astype(np.int64)
+    starts = np.cumsum(lengths) - lengths
+    # the last token is a target only; a piece begins where the one before ends, with its last target
+    pieces = np.maximum(0, -(-(lengths - 1) // length))
+    first = np.repeat(np.cumsum(pieces) - pieces, pieces)
+    within = (np.arange(int(pieces.sum())) - first) * length
+    return np.repeat(starts, pieces) + within, np.minimum(length, np.repeat(lengths, pieces) - 1 - within)
 
 
 def validation_rows(corpus: Corpus, length: int, most: int = 256) -> tuple[Tensor, Tensor]:

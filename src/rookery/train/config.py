@@ -27,7 +27,8 @@ class DataConfig:
     """Sources separated by commas: .txt, .jsonl with a "text" field per line, .json with a list of strings, .parquet
     with a "text" column, tokens that `rookery data build` wrote (.bin), or "hf:NAME:SPLIT", a data set of the Hub."""
     weights: str = ""
-    """How often each source of `path` is drawn from, numbers separated by commas; where empty, by its size."""
+    """How often each source of `path` is drawn from, its share of rows or documents, numbers separated by commas; where
+    empty, by its size."""
     order: Literal["shuffle", "official", "documents"] = "shuffle"
     """Windows of the running text, shuffled; the same in the order of RWKV-LM (core.md 1.10); or whole documents packed
     into a row, each with a state of its own."""

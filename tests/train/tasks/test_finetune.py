@@ -2,6 +2,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.language import randomised
@@ -11,6 +12,7 @@ from rookery.adapt.peft import load_adapter
 from rookery.adapt.state_tuning import load_start
 from rookery.checkpoints.adapter import adapted
 from rookery.checkpoints.checkpoint import open_checkpoint
+from rookery.data.build import build
 from rookery.engine.llm import LLM
 from rookery.models import load, save_model
 from rookery.recipes import RECIPES, recipe
@@ -190,6 +192,24 @@ def test_a_text_is_learned_in_pieces(config, tmp_path):
     total = sum(len(document.tokens) - 1 for document in run.task.documents)
     assert total == len("To be, or not to be: that is the question. " * 9)
     assert run.task.validate() == {}
+
+
+def test_files_are_mixed_by_weights_and_may_hold_tokens(config, tmp_path):
+    (tmp_path / "texts.json").write_text(json.dumps(["abc", "defg"] * 5))
+    build([str(tmp_path / "texts.json")], str(tmp_path / "tokens"), "bytes")
+    data = {"path": f"{tmp_path / 'chats.jsonl'},{tmp_path / 'tokens.bin'}", "weights": "0.25,0.75"}
+    task = prepare(overlay(config, {"data": data | {"sequence_length": 128}})).task
+    assert len(task.held_out) == 3  # a tenth of each file
+    texts = [document for document in task.documents if document.tokens[0] in b"ad"]
+    assert bytes(texts[1].tokens.tolist()) == b"defg\0"
+    assert texts[1].learned.tolist() == [False, True, True, True, True]
+    drawn = np.concatenate([task.packs.indices(step) for step in range(1, 400)])
+    assert (drawn >= 14).mean() == pytest.approx(0.75, abs=0.05)
+    with pytest.raises(ValueError, match="3 numbers for 2 paths"):
+        FinetuneTask(overlay(config, {"data": data | {"weights": "1,1,1"}}))
+    build([str(tmp_path / "texts.json")], str(tmp_path / "world"), "world")
+    with pytest.raises(ValueError, match=r"holds the token \d+, the tokenizer has 256"):
+        FinetuneTask(overlay(config, {"data": {"path": str(tmp_path / "world")}}))
 
 
 def test_long_conversations_are_reported(config, caplog):

@@ -29,7 +29,7 @@ from rookery.tokenizers.pairing import resolve
 from rookery.train.config import FinetuneConfig
 from rookery.train.parallel import Place, moved
 from rookery.train.tasks.base import Task
-from rookery.train.tasks.language import save_tokenizer
+from rookery.train.tasks.language import numbers, save_tokenizer
 from rookery.train.tasks.preference import (
     References,
     collate_pairs,
@@ -71,8 +71,8 @@ class FinetuneTask(Task):
         self.start: StartState | None = None
         self.initial: dict[str, Tensor] = {}
         self.trained: nn.Module = self._adapt()
-        self.documents, self.held_out = self._read()
-        self.packs = self._packs(self.documents, config.seed)
+        self.documents, self.held_out, sources = self._read()
+        self.packs = self._packs(self.documents, config.seed, sources, numbers(config.data.weights))
         if isinstance(self.start, KernelStart) and not config.adapt.start:
             self._calibrate(self.start)
         self.references: References | None = None
@@ -126,29 +126,34 @@ class FinetuneTask(Task):
             with replacing(kept) as temporary:
                 save_file({name: tensor.contiguous() for name, tensor in self.initial.items()}, temporary)
 
-    def _read(self) -> tuple[Sequence[Any], Sequence[Any]]:
-        """Documents, samples or pairs, that are learned and that are held out."""
-        config = self.config
-        length = config.data.sequence_length
-        found = []
-        for paths in filter(None, (config.data.path, config.data.validation)):
-            if config.learn == "sft":
-                documents, changed = fitted(read_samples(paths, self.tokenizer, config.template, config.mask), length)
-            else:
-                documents, changed = shortened_pairs(read_preferences(paths, self.tokenizer, config.template), length)
-            if changed:
-                reason = f"are longer than data.sequence_length, {length} tokens, and were cut or left out"
-                log.warning("%s: %d documents %s", paths, changed, reason)
-            found.append(documents)
-        learned, held_out = found if len(found) == 2 else _split(found[0], config.data.validation_share)
-        if not learned:
-            raise ValueError(f"nothing is left to learn from {config.data.path!r}; is data.sequence_length too small?")
-        return learned, held_out
+    def _read(self) -> tuple[list[Any], list[Any], list[int]]:
+        """Documents, samples or pairs, that are learned and that are held out; how many learned ones each file has."""
+        data = self.config.data
+        learned, held_out, sources = [], [], []
+        for path in filter(None, data.path.split(",")):
+            some, rest = _split(self._documents(path), 0.0 if data.validation else data.validation_share)
+            if not some:
+                raise ValueError(f"nothing is left to learn from {path!r}; is data.sequence_length too small?")
+            learned += some
+            held_out += rest
+            sources.append(len(some))
+        return learned, held_out + (self._documents(data.validation) if data.validation else []), sources
 
-    def _packs(self, documents: Sequence[Any], seed: int) -> Packs:
+    def _documents(self, paths: str) -> list[Any]:
+        config, length = self.config, self.config.data.sequence_length
+        if config.learn == "sft":
+            documents, changed = fitted(read_samples(paths, self.tokenizer, config.template, config.mask), length)
+        else:
+            documents, changed = shortened_pairs(read_preferences(paths, self.tokenizer, config.template), length)
+        if changed:
+            reason = f"are longer than data.sequence_length, {length} tokens, and were cut or left out"
+            log.warning("%s: %d documents %s", paths, changed, reason)
+        return documents
+
+    def _packs(self, documents: Sequence[Any], seed: int, *mixed: Sequence[float]) -> Packs:
         config = self.config
         rows = config.batch_size if config.learn == "sft" else max(2, config.batch_size)  # a pair is two documents
-        return Packs([_length(document) for document in documents], rows * config.data.sequence_length, seed)
+        return Packs([_length(document) for document in documents], rows * config.data.sequence_length, seed, *mixed)
 
     def ready(self, out: Path) -> None:
         if self.config.adapt.decorrelate:

@@ -63,13 +63,11 @@ class LanguageTask(Task):
         """The data, in the tokens of `self.tokenizer`."""
         learned, self.held_out = corpora(config.data, self.tokenizer)
         self.documents: PackedDocuments | None = None
-        length, weights = config.data.sequence_length, _numbers(config.data.weights)
+        length, weights = config.data.sequence_length, numbers(config.data.weights)
         if config.data.order != "documents":
             self.windows = Windows(learned, length, config.seed, config.data.order, weights)
             return
-        if len(learned) > 1 or weights:
-            raise ValueError('data.order="documents" reads one source: build one file of all (`rookery data build`)')
-        self.documents = PackedDocuments(learned[0], length, config.batch_size * length, config.seed)
+        self.documents = PackedDocuments(learned, length, config.batch_size * length, config.seed, weights)
 
     def batch(self, step: int) -> Batch:
         if self.documents:
@@ -214,7 +212,7 @@ HELD_OUT = 1 << 20
 """Tokens of a held-out binidx data set that are read; `validation_rows` looks at fewer."""
 
 
-def _numbers(text: str) -> list[float]:
+def numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")] if text else []
     except ValueError:
