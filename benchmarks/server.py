@@ -1,11 +1,13 @@
 """Many streaming clients at once: `rookery serve` beside llama.cpp's server, the same model and load, in turns.
 
     python benchmarks/server.py [--llama-bin DIR] [--model 0.1b] [--bits 16] [--clients 64 256] [--seconds 60]
-                                [--rounds 2] [--work DIR] [--save]
+                                [--rounds 2] [--check 100] [--work DIR] [--save]
 
 RWKV-7 with random weights. Every client sends a prompt of 64 tokens (all its own, or 48 shared and 16 its own), reads
 the stream of 64 tokens to its end and asks again, until the time is over. Token ids travel, so no tokenizer is timed.
-Told are tokens/s, the time to the first token and between tokens (median and 99th percentile), peak memory, errors.
+Told are tokens/s, the time to the first token and between tokens (median and 99th percentile), peak memory, errors,
+tokens that were asked for and did not come, and, of --check streams of ours drawn at random (0: all), how many differ
+from the text that the model writes alone, in another process, with the server gone.
 DIR has llama-server and llama-quantize. --save writes benchmarks/results/server-BITS.json.
 """
 
@@ -30,6 +32,8 @@ import httpx
 from inference import Files, library_path
 from support import Machine, report
 
+from rookery.engine.llm import LLM
+
 PROMPT, SHARED, ANSWER = 64, 48, 64
 
 
@@ -42,6 +46,9 @@ class Load:
     tokens: int = 0
     answers: int = 0
     errors: int = 0
+    lost: int = 0
+    told: list[tuple[list[int], int, str]] = field(default_factory=list)
+    """Prompt, seed and text of every answer."""
 
 
 def prompt(seed: int, shared: bool) -> list[int]:
@@ -63,11 +70,13 @@ async def client(http: httpx.AsyncClient, number: int, shared: bool, until: floa
             "top_p": 0.9,
             "seed": turn,
             "stream": True,
+            "stream_options": {"include_usage": True},
             "logit_bias": {"0": -100},
             "ignore_eos": True,
         }
         began = last = time.perf_counter()
-        seen = 0
+        seen = in_time = written = 0
+        pieces = []
         try:
             async with http.stream("POST", "/v1/completions", json=body) as reply:
                 if reply.status_code != 200:
@@ -75,14 +84,20 @@ async def client(http: httpx.AsyncClient, number: int, shared: bool, until: floa
                 async for line in reply.aiter_lines():
                     if not line.startswith("data: {"):
                         continue
-                    now = time.perf_counter()
-                    if '"finish_reason":"' in line.replace(" ", ""):
+                    now, event = time.perf_counter(), json.loads(line.removeprefix("data: "))
+                    if event.get("usage"):
+                        written = event["usage"]["completion_tokens"]
+                    if not event.get("choices") or not (piece := event["choices"][0]["text"]):
                         continue
+                    pieces.append(piece)
                     (load.first if seen == 0 else load.between).append(now - (began if seen == 0 else last))
-                    last, seen = now, seen + 1
-                    load.tokens += now < until
+                    last, seen, in_time = now, seen + 1, in_time + (now < until)
             load.answers += 1
-        except httpx.HTTPError:
+            load.lost += ANSWER - written
+            # a token may have no text of its own, so that pieces count only where an answer was cut by the time
+            load.tokens += written if time.perf_counter() < until else in_time
+            load.told.append((body["prompt"], turn, "".join(pieces)))
+        except (httpx.HTTPError, KeyError, ValueError):
             load.errors += 1
             await asyncio.sleep(0.1)
 
@@ -108,7 +123,7 @@ def running(words: list[str], env: dict[str, str] | None = None):
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as process:
         address = f"http://127.0.0.1:{port}"
         try:
-            for _ in range(600):
+            for _ in range(1800):
                 try:
                     if httpx.get(f"{address}/health").status_code == 200:
                         break
@@ -132,9 +147,15 @@ def peak_megabytes(pid: int) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def measured(address: str, pid: int, clients: int, shared: bool, seconds: float) -> dict[str, float]:
-    """One turn of one server."""
-    load = asyncio.run(drive(address, clients, shared, seconds))
+def different(llm: Any, load: Load, count: int) -> tuple[int, int]:
+    """How many answers were compared with the model's lone text, and how many of them are not it."""
+    some = load.told if not count else random.Random(0).sample(load.told, min(count, len(load.told)))
+    how = {"temperature": 1.0, "top_p": 0.9, "logit_bias": {0: -float("inf")}}
+    return len(some), sum(text != llm.generate(prompt, ANSWER, seed=seed, **how) for prompt, seed, text in some)
+
+
+def measured(load: Load, pid: int, seconds: float) -> dict[str, float]:
+    """The figures of one turn of one server."""
 
     def percentile(values: list[float], share: float) -> float:
         return 1e3 * sorted(values)[int(share * (len(values) - 1))] if values else float("nan")
@@ -148,6 +169,7 @@ def measured(address: str, pid: int, clients: int, shared: bool, seconds: float)
         "peak MB": peak_megabytes(pid),
         "answers": load.answers,
         "errors": load.errors,
+        "lost": load.lost,
     }
 
 
@@ -159,6 +181,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--check", type=int, default=100, help="streams compared with their lone run; 0: all")
     parser.add_argument("--work", type=Path, help="where models are kept (a temporary folder)")
     parser.add_argument("--save", action="store_true")
     given = parser.parse_args()
@@ -175,7 +198,12 @@ def main() -> None:
                 for _ in range(given.rounds):
                     for name, (words, env) in servers.items():
                         with running(words, env) as (address, pid):
-                            found[name].append(measured(address, pid, clients, shared, given.seconds))
+                            load = asyncio.run(drive(address, clients, shared, given.seconds))
+                            found[name].append(measured(load, pid, given.seconds))
+                        if name == "rookery":
+                            llm = LLM(files.rookery(given.model, given.bits), tokenizer="world", threads=int(cores))
+                            pair = dict(zip(("checked", "different"), different(llm, load, given.check)))
+                            found[name][-1] |= pair
                 for name, turns in found.items():
                     row: dict[str, Any] = {"clients": clients, "prompts": "shared" if shared else "own", "server": name}
                     row |= {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}

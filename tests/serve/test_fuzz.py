@@ -11,7 +11,7 @@ from rookery.serve.hosting import Limits
 
 schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis: pip install schemathesis")
 
-ROUTES = 19
+ROUTES = 20
 ELSEWHERE = ("model", "state", "previous_response_id")
 """Names that are none of ours end in 404 before anything else is looked at: most requests leave them out."""
 

@@ -89,3 +89,57 @@ def test_a_conversation_begins_anew_and_an_error_is_said(page):
     assert "temperature" in page.inner_text(".turn.error")
     assert page.input_value("#text") == "Hello"  # nothing typed is lost
     assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
+
+
+COUNTED = (
+    "() => { window.seen = []; const old = draw; draw = norms => { seen.push($('told').textContent); old(norms); }; }"
+)
+
+
+def test_the_picture_moves_while_text_is_read_and_written(page):
+    page.select_option("#mode", "continue")
+    page.evaluate(COUNTED)
+    page.fill(
+        "#text", f"Once there were {page.viewport_size} cats. " * 700
+    )  # of each page its own: nothing is read twice
+    page.fill("#max_tokens", "300")
+    page.click("#send")
+    page.locator("#send:enabled").wait_for(timeout=120_000)
+    seen = page.evaluate("() => seen")
+    assert any(text.startswith("reading, ") for text in seen)
+    assert any(text.endswith("tokens/s") for text in seen)
+    assert len(seen) > 4
+    words = page.inner_text("#bytes").split()
+    assert words[2:4] == ["tokens", "in"]
+    assert page.inner_text("#total").startswith("· 1 in ")
+
+
+def test_the_tree_is_walked_and_continued_by_keyboard_alone(page):
+    def tab_to(inside, key):
+        for _ in range(40):
+            page.keyboard.press(key)
+            if page.evaluate(f"() => document.activeElement.closest('{inside}') !== null"):
+                return
+        raise AssertionError(f"{key} does not lead to {inside}")
+
+    page.select_option("#mode", "continue")
+    page.fill("#max_tokens", "10")
+    send(page, "One day", 1)
+    send(page, " a dog", 2)
+    whole = page.inner_text("#page")
+    tab_to("#tree", "Tab")
+    page.keyboard.press("ArrowLeft")  # from the second place to the one it came from
+    page.keyboard.press("Enter")
+    assert whole.startswith(page.inner_text("#page"))
+    assert len(page.inner_text("#page")) < len(whole)
+    tab_to("#text", "Shift+Tab")
+    page.keyboard.type(" a bird")
+    page.keyboard.press("Control+Enter")
+    page.locator("#tree > li > ul > li").nth(1).wait_for(state="attached")
+    page.locator("#send:enabled").wait_for()
+    assert " a bird" in page.inner_text("#page")
+    tab_to("#tree", "Tab")
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("Enter")
+    assert page.inner_text("#page") == whole
+    assert page.evaluate("() => document.activeElement.getAttribute('aria-current')") == "true"

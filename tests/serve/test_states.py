@@ -8,6 +8,7 @@ import time
 import pytest
 
 from rookery.serve.hosting import Limits
+from rookery.serve.keys import Keys, new_key
 from rookery.serve.schema import ApiError
 from rookery.serve.states import StateStore
 
@@ -134,7 +135,12 @@ def test_a_response_remembers_what_was_said(make, llm):
             second = (await client.post("/v1/responses", json=body)).json()
             assert [r["output"][0]["content"][0]["text"] for r in (first, second)] == want
             assert (await client.get(f"/v1/responses/{second['id']}")).json()["parent"] == first["id"]
-            body |= {"store": False}
+            assert (await client.delete(f"/v1/responses/{first['id']}")).json()["deleted"]
+            assert (await client.get(f"/v1/responses/{first['id']}")).status_code == 404
+            assert (await client.delete(f"/v1/responses/{first['id']}")).status_code == 404
+            assert (await client.post("/v1/responses", json=body | {"tools": [{}]})).status_code == 400
+            assert (await client.post("/v1/responses", json=body)).status_code == 404
+            body |= {"store": False, "previous_response_id": second["id"]}
             unkept = (await client.post("/v1/responses", json=body)).json()
             assert (await client.get(f"/v1/responses/{unkept['id']}")).status_code == 404
 
@@ -258,3 +264,34 @@ def test_no_id_is_told_of_a_state_that_could_not_be_written(llm, tmp_path):
     store = StateStore(llm, 0, 60, folder=tmp_path / "file")
     with pytest.raises(ApiError, match="could not be kept"):
         store.keep(llm.session(), None, "")
+
+
+def test_a_response_can_be_held_to_a_schema(make):
+    async def ask():
+        async with make() as client:
+            schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+            schema |= {"additionalProperties": False}
+            form = {"format": {"type": "json_schema", "name": "x", "schema": schema}}
+            body = {"input": "Is it?", "text": form, "seed": 1, "max_output_tokens": 100}
+            answer = (await client.post("/v1/responses", json=body)).json()
+            assert isinstance(json.loads(answer["output"][0]["content"][0]["text"])["ok"], bool)
+
+    run(ask())
+
+
+def test_lists_show_everybody_their_own_states(make):
+    (anna, first), (ben, second) = new_key("anna"), new_key("ben")
+    keys = Keys(dict(line.split(":") for line in (first, second)))
+
+    async def ask():
+        async with make(keys=keys) as client:
+            hers, his = ({"Authorization": f"Bearer {key}"} for key in (anna, ben))
+            made = (await client.post("/v1/states", json={"prompt": "One day"}, headers=hers)).json()
+            body = {"prompt": "x", "max_tokens": 1, "keep_state": True}
+            await client.post("/v1/completions", json=body, headers=his)
+            for headers, count in ((hers, 1), (his, 1)):
+                assert len((await client.get("/v1/states", headers=headers)).json()["data"]) == count
+            # whoever was given an id may go on from it
+            assert (await client.get(f"/v1/states/{made['id']}", headers=his)).status_code == 200
+
+    run(ask())

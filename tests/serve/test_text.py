@@ -9,6 +9,7 @@ import pytest
 from rookery.checkpoints.tuned_state import save_tuned_state
 from rookery.serve.hosting import Limits
 from rookery.serve.prompts import call_grammar
+from rookery.serve.watching import norms
 
 GREEDY = {"temperature": 0, "max_tokens": 12}
 ONCE = "Once upon a time"
@@ -358,5 +359,34 @@ def test_a_tuned_state_is_a_model_of_its_name(make, llm, pirate):
             id = (await client.post("/v1/states/import", content=pirate.read_bytes())).json()["id"]
             text = (await client.post("/v1/completions", json=body | {"state": id})).json()["choices"][0]["text"]
             assert text == want[1]
+
+    run(ask())
+
+
+def test_a_watched_stream_tells_how_the_state_moves(make, llm, monkeypatch):
+    monkeypatch.setattr("rookery.serve.watching.PAUSE", 0.0)
+    monkeypatch.setattr("rookery.serve.watching.SHARE", float("inf"))
+    prompt = [llm.tokenizer.encode(ONCE)[i % 4] for i in range(600)]
+
+    async def ask():
+        async with make() as client:
+            body = {"prompt": prompt, "max_tokens": 8, "seed": 1, "watch": True}
+            found = await chunks(client, "/v1/completions", body)
+            text = "".join(chunk["choices"][0]["text"] for chunk in found if chunk["choices"])
+            assert text == llm.generate(prompt, 8, seed=1)
+            moved = [chunk["progress"] for chunk in found if "progress" in chunk]
+            # 256 tokens of a prompt at a time, and a place where it is kept
+            assert {256, 600} <= {one["read"] for one in moved}
+            assert moved == sorted(moved, key=lambda one: (one["read"], one["written"]))
+            assert all(one["prompt"] == 600 for one in moved)
+            assert len({json.dumps(one["norms"]) for one in moved}) == len(moved)
+            session = llm.session()
+            session.feed(prompt)
+            last = moved[-1]
+            session.feed(list(session.fork().stream_tokens(8, seed=1))[: last["written"]])
+            np.testing.assert_allclose(last["norms"], norms(session.state), rtol=1e-5)
+            assert "progress" not in json.dumps(await chunks(client, "/v1/completions", body | {"watch": False}))
+            messages = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "watch": True}
+            assert any("progress" in chunk for chunk in await chunks(client, "/v1/chat/completions", messages))
 
     run(ask())

@@ -50,6 +50,7 @@ class Generation:
         session: Session | None,
         cache: StateCache | None,
         notify: Callable | None,
+        watch: Callable | None,
     ) -> None:
         self.llm, self.order, self.prompt, self.cache = llm, order, prompt, cache
         self.session = session
@@ -57,7 +58,7 @@ class Generation:
         self.cached = 0
         """Tokens of the prompt that did not have to be read."""
         self.error: Exception | None = None
-        self._scheduler, self._notify = scheduler, notify
+        self._scheduler, self._notify, self._watch = scheduler, notify, watch
         self._fresh = session is None
         self._pieces: SimpleQueue = SimpleQueue()
         self._stream: TextStream | TokenStream | None = None
@@ -65,6 +66,11 @@ class Generation:
         self._read = 0
         self._closed = False
         self._over = threading.Event()
+
+    @property
+    def read(self) -> int:
+        """Tokens of the prompt that are read."""
+        return self._read
 
     @property
     def tokens(self) -> list[int]:
@@ -183,6 +189,7 @@ class Scheduler:
         tokens: bool = False,
         stop: str | Sequence[str] = (),
         notify: Callable[[Generation], None] | None = None,
+        watch: Callable[[Generation], None] | None = None,
         **options: Any,
     ) -> Generation:
         """Asks for the text that follows `prompt`; `options` are those of `Session.stream`, and wrong ones raise here.
@@ -190,7 +197,8 @@ class Scheduler:
         `session` is continued instead of a new one; nobody else may use it until the request is done. `llm` is another
         start on the same weights (`LLM.starting_from`), `cache` what keeps its prefixes. With `tokens` the pieces are
         token ids.
-        `notify` is called on the scheduler's thread when a piece is there, and at the end.
+        `notify` is called on the scheduler's thread when a piece is there, and at the end, `watch` whenever tokens have
+        been read, while the session's state holds still.
         """
         llm = llm or self.llm
         if llm.runner is not self.llm.runner:
@@ -207,7 +215,7 @@ class Scheduler:
             cache = self.cache if llm is self.llm else llm.cache
         if cache is not None:
             cache.bind(llm.runner)
-        generation = Generation(self, llm, ids, order, session, cache, notify)
+        generation = Generation(self, llm, ids, order, session, cache, notify, watch)
         with self._changed:
             if self._stopping:
                 raise RuntimeError("the scheduler has stopped; no request is taken any more")
@@ -258,6 +266,9 @@ class Scheduler:
             batch = self._batch()
             try:
                 self._forward(batch)
+                for generation, _, _ in batch:
+                    if generation._watch is not None:
+                        generation._watch(generation)
             except Exception as error:
                 # the states of this batch may be anywhere between two tokens; the other requests go on
                 for generation, _, _ in batch:

@@ -24,6 +24,7 @@ from rookery.errors import BadState
 
 if TYPE_CHECKING:
     from rookery.engine.llm import LLM
+    from rookery.engine.runners.protocol import RowState
 
 END_OF_TEXT = 0
 """The token that ends a text in every RWKV vocabulary."""
@@ -51,6 +52,11 @@ class Session:
         """Tokens whose effect is in the state."""
         self._read(self._at)
         return self._at.state.tokens_seen
+
+    @property
+    def state(self) -> RowState:
+        """What the model remembers, to be looked at: a token that was sampled last may not be in it yet."""
+        return self._at.state
 
     @property
     def nbytes(self) -> int:

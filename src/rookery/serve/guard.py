@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rookery.serve.keys import Keys
+from rookery.serve.keys import CALLER, Keys
 from rookery.serve.metrics import Metrics
 from rookery.serve.schema import ApiError
 
@@ -38,6 +38,7 @@ class Guard:
         try:
             try:
                 who = self.check(scope)
+                CALLER.set(who)
                 await self.app(scope, self.bounded(receive), counted)
             except ApiError as wrong:
                 if status == 0:

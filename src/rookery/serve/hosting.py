@@ -13,6 +13,7 @@ from rookery.engine.session import Session
 from rookery.engine.state_cache import StateCache
 from rookery.serve.schema import ApiError
 from rookery.serve.states import StateStore
+from rookery.serve.watching import Progress, Watcher
 
 LONG = 20_000
 """Characters of a prompt that is encoded on a thread of its own."""
@@ -77,7 +78,13 @@ class Hosted:
             raise ApiError(400, str(wrong), param="prompt") from None
 
     def submit(
-        self, prompt: str | Sequence[int], max_tokens: int, session: Session | None, **options: Any
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int,
+        session: Session | None,
+        *,
+        watched: bool = False,
+        **options: Any,
     ) -> "Running":
         """Hands a text to the scheduler; ApiError where the queue is full or the options make no sense."""
         if self.busy:
@@ -89,6 +96,7 @@ class Hosted:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(changed.set)
 
+        watcher = Watcher(notify) if watched else None
         try:
             generation = self.scheduler.submit(
                 prompt,
@@ -97,29 +105,43 @@ class Hosted:
                 llm=self.llm,
                 cache=self.cache,
                 notify=notify,
+                watch=watcher,
                 **options,
             )
         except (ValueError, TypeError) as wrong:
             raise ApiError(400, str(wrong)) from None
         except RuntimeError as stopping:
             raise ApiError(503, str(stopping), retry=5) from None
-        return Running(generation, changed, self.limits.seconds)
+        return Running(generation, changed, self.limits.seconds, watcher)
 
 
 class Running:
     """A text that is being written."""
 
-    def __init__(self, generation: Generation, changed: asyncio.Event, seconds: float) -> None:
-        self.generation, self._changed, self._seconds = generation, changed, seconds
+    def __init__(
+        self, generation: Generation, changed: asyncio.Event, seconds: float, watcher: Watcher | None = None
+    ) -> None:
+        self.generation, self._changed, self._seconds, self._watcher = generation, changed, seconds, watcher
         self._told = 0
 
     async def pieces(self) -> AsyncIterator[str]:
-        """Its pieces as they come. Whoever stops listening ends it; one that takes too long is ended with ApiError."""
+        """Its pieces of text as they come."""
+        async for event in self.events():
+            if isinstance(event, str):
+                yield event
+
+    async def events(self) -> AsyncIterator[str | Progress]:
+        """Its pieces as they come and, where it is watched, how its state moves.
+
+        Whoever stops listening ends it; one that takes too long is ended with ApiError.
+        """
         try:
             async with asyncio.timeout(self._seconds):
                 while True:
                     await self._changed.wait()
                     self._changed.clear()
+                    if self._watcher is not None and (progress := self._watcher.take()):
+                        yield progress
                     while self.generation.ready:
                         try:
                             text = next(self.generation)

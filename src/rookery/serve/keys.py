@@ -5,7 +5,11 @@ import hmac
 import os
 import re
 import secrets
+from contextvars import ContextVar
 from pathlib import Path
+
+CALLER: ContextVar[str | None] = ContextVar("caller", default=None)
+"""Name of the key that the request at hand came with; None where the server asks for none."""
 
 
 class Keys:

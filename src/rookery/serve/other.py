@@ -15,8 +15,8 @@ from rookery.engine.score import vectors
 from rookery.engine.session import END_OF_TEXT
 from rookery.serve.hosting import Hosted
 from rookery.serve.schema import ApiError, Embeddings, NewState, Rewind
-from rookery.serve.states import picture
 from rookery.serve.text import finished, hosted, state_of
+from rookery.serve.watching import norms
 
 TEXTS = 2048
 """Texts of one request for embeddings."""
@@ -77,7 +77,7 @@ async def embeddings(asked: Embeddings, request: Request) -> Response:
                 # a session of its own: texts that are only looked at are no beginnings to be kept
                 running.append(model.submit([END_OF_TEXT, *ids], 0, model.llm.session()))
             await finished(request, running)
-            found.extend(vectors(model.llm, [one.generation.session._at.state for one in running]))
+            found.extend(vectors(model.llm, [one.generation.session.state for one in running]))
         except ValueError as wrong:
             raise ApiError(400, str(wrong), param="input") from None
         finally:
@@ -133,7 +133,7 @@ async def one_state(id: str, request: Request, model: str | None = None) -> dict
 async def state_picture(id: str, request: Request, model: str | None = None) -> dict[str, Any]:
     """Norms of the recurrent state, [layers][heads]."""
     kept = await asyncio.to_thread(hosted(request, model).states.get, id)
-    return {"norms": picture(kept.session)}
+    return {"norms": norms(kept.session.state)}
 
 
 @routes.post("/v1/states/{id}/fork")

@@ -38,14 +38,21 @@ def template_of(llm: LLM) -> ChatTemplate:
         ) from None
 
 
-def conversation(llm: LLM, messages: Sequence[Message], think: str | None = None, *, goes_on: bool = False) -> Prompt:
+def conversation(
+    llm: LLM,
+    messages: Sequence[Message],
+    think: str | None = None,
+    *,
+    goes_on: bool = False,
+    tools: Sequence[dict[str, Any]] = (),
+) -> Prompt:
     """The prompt of a conversation or, where it `goes_on`, what follows one whose last answer the state holds."""
     template = template_of(llm)
     shown = replace(template, opening=()) if goes_on else template
     try:
-        text = render([message.turn() for message in messages], shown, think)
+        text = render([message.turn() for message in messages], shown, think, tools)
     except ValueError as wrong:
-        raise ApiError(400, str(wrong), param="messages") from None
+        raise ApiError(400, str(wrong), param="tools" if tools else "messages") from None
     return Prompt(END_OF_TURN + text if goes_on else text, template.stops)
 
 
@@ -54,17 +61,13 @@ def chat_prompt(llm: LLM, asked: Chat, *, goes_on: bool) -> Prompt:
     if not asked.tools or asked.tool_choice == "none":
         prompt = conversation(llm, asked.messages, asked.reasoning_effort, goes_on=goes_on)
         return prompt._replace(grammar=form(asked.response_format))
-    template = template_of(llm)
     tools = [tool.model_dump() for tool in chosen(asked.tools, asked.tool_choice)]
-    try:
-        text = render([message.turn() for message in asked.messages], template, asked.reasoning_effort, tools)
-    except ValueError as wrong:
-        raise ApiError(400, str(wrong), param="tools") from None
+    prompt = conversation(llm, asked.messages, asked.reasoning_effort, goes_on=goes_on, tools=tools)
     # after a function's result the model answers in words, unless it is made to call
     calls = asked.messages[-1].role != "tool" or asked.tool_choice != "auto"
     if not calls:
-        return Prompt(text, template.stops, form(asked.response_format))
-    return Prompt(text, template.stops, call_grammar(tools), calls=True)
+        return prompt._replace(grammar=form(asked.response_format))
+    return prompt._replace(grammar=call_grammar(tools), calls=True)
 
 
 def chosen(tools: list[Tool], choice: str | NamedTool) -> list[Tool]:

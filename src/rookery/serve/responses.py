@@ -1,6 +1,7 @@
 """POST /v1/responses: conversations that the server remembers. `previous_response_id` is a kept state."""
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import AsyncIterator
@@ -11,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.sse import format_sse_event
 
 from rookery.serve.hosting import Hosted, Running
-from rookery.serve.prompts import conversation
+from rookery.serve.prompts import conversation, form
 from rookery.serve.schema import ApiError, Message, Responses
 from rookery.serve.states import new_id
 from rookery.serve.text import finished, hosted, state_of, streaming
@@ -32,7 +33,8 @@ async def respond(asked: Responses, request: Request) -> Response:
     prompt = conversation(model.llm, messages, goes_on=before is not None)
     limit = asked.max_output_tokens or model.limits.max_tokens
     stops = (*(asked.stop or ()), *prompt.stops)
-    running = model.submit(await model.ids(prompt.text), limit, session, seed=asked.seed, stop=stops, **asked.options())
+    more = {"stop": stops, "grammar": form(asked.text.format.response_format()), **asked.options()}
+    running = model.submit(await model.ids(prompt.text), limit, session, seed=asked.seed, **more)
     answer = Answer(model, asked, running, request.app.state.place)
     if asked.stream:
         return streaming(request, answer.id, answer.events(), [running])
@@ -49,7 +51,21 @@ async def remembered(id: str, request: Request) -> Response:
         except ApiError:
             continue
         return JSONResponse({"id": id, "object": "response", "model": model.name, **kept.about(model.states.expiry)})
-    raise ApiError(404, f"no response {id[:80]!r} is kept", code="no_state")
+    raise unknown_response(id)
+
+
+@routes.delete("/responses/{id}")
+async def forgotten(id: str, request: Request) -> Response:
+    """Forgets an answer and the state after it."""
+    for model in request.app.state.models.values():
+        with contextlib.suppress(ApiError):
+            await asyncio.to_thread(model.states.remove, id)
+            return JSONResponse({"id": id, "object": "response", "deleted": True})
+    raise unknown_response(id)
+
+
+def unknown_response(id: str) -> ApiError:
+    return ApiError(404, f"no response {id[:80]!r} is kept", code="no_state")
 
 
 class Answer:

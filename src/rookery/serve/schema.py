@@ -49,6 +49,8 @@ class Sampled(BaseModel):
     """A kept state to go on from (`POST /v1/states`)."""
     keep_state: bool = False
     """Whether the state after the answer is kept; its id comes with the answer."""
+    watch: bool = False
+    """Whether a stream also tells, up to ten times a second, where it is and the norms of the first text's state."""
 
     @field_validator("stop")
     @classmethod
@@ -208,6 +210,28 @@ class Embeddings(BaseModel):
     encoding_format: Literal["float", "base64"] = "float"
 
 
+class TextFormat(BaseModel):
+    """The form of an answer as responses say it."""
+
+    model_config = ConfigDict(extra="ignore", populate_by_name=True)
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    described: dict[str, Any] | None = Field(default=None, alias="schema")
+
+    def response_format(self) -> ResponseFormat:
+        """The same as chats say it."""
+        schema = None if self.described is None else JsonSchema(described=self.described)
+        return ResponseFormat(type=self.type, json_schema=schema)
+
+
+class TextOptions(BaseModel):
+    """What is wanted of the text."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    format: TextFormat = TextFormat()
+
+
 class Responses(Sampled):
     """POST /v1/responses"""
 
@@ -216,6 +240,9 @@ class Responses(Sampled):
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     previous_response_id: str | None = None
     store: bool = True
+    text: TextOptions = TextOptions()
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    """None yet: functions are called through /v1/chat/completions."""
 
 
 class NewState(BaseModel):

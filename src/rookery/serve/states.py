@@ -25,6 +25,7 @@ from rookery.engine.position import read_position
 from rookery.engine.session import Session
 from rookery.engine.state_cache import SUFFIX
 from rookery.errors import BadState
+from rookery.serve.keys import CALLER
 from rookery.serve.schema import ApiError
 
 log = logging.getLogger("rookery")
@@ -47,6 +48,8 @@ class Kept:
     text: str
     """What was read or written since the parent, to show a tree of texts; the last 2000 characters."""
     created: float = field(default_factory=time.time)
+    owner: str | None = field(default_factory=CALLER.get)
+    """Whose key it was made with: who has an id may go on from it, but lists show everybody their own."""
     used: float = field(default_factory=time.monotonic)
 
     def about(self, expiry: float) -> dict[str, Any]:
@@ -145,10 +148,11 @@ class StateStore:
             self._file(id).unlink(missing_ok=True)
 
     def all(self) -> list[Kept]:
-        """Every kept state in memory, the oldest first."""
+        """Every kept state in memory that the caller made, the oldest first."""
         with self._lock:
             self._shrink()
-            return sorted(self._kept.values(), key=lambda kept: kept.created)
+            own = (kept for kept in self._kept.values() if kept.owner == CALLER.get())
+            return sorted(own, key=lambda kept: kept.created)
 
     def export(self, id: str, folder: Path) -> Path:
         """Writes the state as a session file, which `rookery chat --state` reads too, and gives its path."""
@@ -182,7 +186,7 @@ class StateStore:
 
     def _write(self, kept: Kept) -> None:
         """The state as a session file; ApiError 507 where the disk takes no more, so that no id is told in vain."""
-        about = {"parent": kept.parent, "text": kept.text, "created": kept.created}
+        about = {"parent": kept.parent, "text": kept.text, "created": kept.created, "owner": kept.owner}
         file = self._file(kept.id)
         if time.monotonic() - self._swept > max(SWEEP, self.expiry / 100):
             self._swept = time.monotonic()
@@ -235,20 +239,3 @@ class StateStore:
 def new_id(kind: str, place: str) -> str:
     """An id that cannot be guessed: `kind`, the place that made it, 24 hexadecimal digits."""
     return f"{kind}{place}{secrets.token_hex(12)}"
-
-
-def picture(session: Session) -> list[list[float]]:
-    """Norm of the recurrent state per layer and head [layers][heads], for whoever wants to see it move.
-
-    Models without matrices per head give one number a layer.
-    """
-    found: dict[int, list[float]] = {}
-    tensors = session._shown().state.tensors()
-    for name, array in tensors.items():
-        parts = name.split(".")
-        if parts[0] != "layers" or parts[2] not in ("wkv", "keys"):
-            continue
-        values = np.asarray(array, np.float32)[0]
-        axes = tuple(range(1, values.ndim)) if values.ndim == 3 else None
-        found[int(parts[1])] = np.atleast_1d(np.sqrt(np.square(values).sum(axis=axes))).tolist()
-    return [found[layer] for layer in sorted(found)]

@@ -15,6 +15,7 @@ from rookery.serve.hosting import Hosted, Running, usage
 from rookery.serve.prompts import Prompt, chat_prompt, form, tool_calls
 from rookery.serve.schema import ApiError, Chat, Completion, Sampled
 from rookery.serve.states import Kept, new_id
+from rookery.serve.watching import Progress
 
 routes = APIRouter(prefix="/v1", tags=["text"])
 
@@ -43,7 +44,8 @@ def start(
     session: Session | None = before.session.fork() if before else None
     seed = None if asked.seed is None else asked.seed + number
     limit = model.limits.max_tokens if limit is None else limit
-    return model.submit(prompt, limit, session, seed=seed, **asked.options(), **more)
+    watched = asked.watch and asked.stream and number == 0
+    return model.submit(prompt, limit, session, watched=watched, seed=seed, **asked.options(), **more)
 
 
 async def finished(request: Request, running: Sequence[Running]) -> list[str]:
@@ -105,14 +107,14 @@ def events(request: Request, id: str, chunks: AsyncIterator[dict[str, Any]], run
     return streaming(request, id, lines(), running)
 
 
-async def merged(running: Sequence[Running]) -> AsyncIterator[tuple[int, str | None]]:
-    """(number, piece) of several texts as they come; (number, None) at the end of each."""
+async def merged(running: Sequence[Running]) -> AsyncIterator[tuple[int, str | Progress | None]]:
+    """(number, event) of several texts as they come; (number, None) at the end of each."""
     queue: asyncio.Queue[Any] = asyncio.Queue()
 
     async def follow(number: int, one: Running) -> None:
         try:
-            async for piece in one.pieces():
-                queue.put_nowait((number, piece))
+            async for event in one.events():
+                queue.put_nowait((number, event))
             queue.put_nowait((number, None))
         except Exception as error:
             queue.put_nowait(error)
@@ -219,6 +221,9 @@ async def completion_chunks(
         if echo:
             yield head | {"choices": [{"index": i, "text": echo, "finish_reason": None, "logprobs": None}]}
     async for i, piece in merged(running):
+        if isinstance(piece, Progress):
+            yield head | piece.chunk()
+            continue
         one = running[i]
         logprobs = completion_logprobs(model, one)
         choice: dict[str, Any] = {"index": i, "text": piece or "", "finish_reason": None, "logprobs": logprobs}
@@ -294,6 +299,9 @@ async def chat_chunks(
     for i in range(len(running)):
         yield chunk(i, {"role": "assistant", "content": "" if not prompt.calls else None})
     async for i, piece in merged(running):
+        if isinstance(piece, Progress):
+            yield head | piece.chunk()
+            continue
         one = running[i]
         if piece is not None:
             shown = piece if told[i] else piece.lstrip()  # an answer begins with the space after the speaker's colon
