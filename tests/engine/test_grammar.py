@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.language import randomised
 
-from rookery.engine.grammar import json_schema, lark, read_grammar, regex
+from rookery.engine.grammar import gbnf, json_schema, lark, read_grammar, regex
 from rookery.engine.llm import LLM
 from rookery.engine.scheduler import Scheduler
 from rookery.models import save_model
@@ -50,6 +50,20 @@ def test_a_grammar_is_followed(llm):
     text = llm.generate("hello", 40, seed=2, top_p=1.0, grammar=grammar, stop=["never"])
     assert re.fullmatch(r"\(*x\)*", text)
     assert text.count("(") == text.count(")")
+
+
+GBNF = r"""
+# pairs in brackets
+root ::= pair ("," ws pair){2}
+pair ::= "(" [a-c]{1,3} ")" | "[" pair "]"
+ws ::= " "?
+"""
+
+
+def test_a_grammar_of_llama_cpp_is_followed(llm):
+    text = llm.generate("hello", 200, seed=2, top_p=1.0, grammar=gbnf(GBNF))
+    assert text.count("[") == text.count("]")
+    assert re.fullmatch(r"\[*\([a-c]{1,3}\)\]*(, ?\[*\([a-c]{1,3}\)\]*){2}", text)
 
 
 def test_a_free_text_and_a_bound_one_in_one_batch(llm):
@@ -99,6 +113,8 @@ def test_a_large_vocabulary_has_rows_that_are_no_token():
         (lambda: json_schema({"type": "nonsense"}), "the JSON schema cannot be used: .*nonsense"),
         (lambda: regex("("), "the regular expression cannot be used: .*unclosed group"),
         (lambda: lark("start: nothing"), "the grammar cannot be used: .*nothing"),
+        (lambda: gbnf("root ::= nothing"), "the GBNF grammar cannot be read: .*nothing"),
+        (lambda: gbnf("no grammar"), "the GBNF grammar cannot be read: "),
         (lambda: read_grammar(pattern="a", grammar="b"), "a text can have one form, got pattern and grammar"),
     ],
 )
@@ -113,4 +129,6 @@ def test_forms_come_from_files(tmp_path, llm):
     assert read_grammar() is None
     assert read_grammar(tmp_path / "s.json") == json_schema(SCHEMA)
     assert read_grammar(grammar=tmp_path / "g.lark") == lark('start: "x"')
+    (tmp_path / "g.GBNF").write_text(GBNF)
+    assert read_grammar(grammar=tmp_path / "g.GBNF") == gbnf(GBNF)
     assert read_grammar(pattern="a+") == regex("a+")

@@ -90,7 +90,7 @@ def add_sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     )
     group.add_argument("--json-schema", metavar="FILE", help="write JSON that this schema describes")
     group.add_argument("--regex", metavar="PATTERN", help="write text that matches this regular expression")
-    group.add_argument("--grammar", metavar="FILE", help="write text of this Lark grammar")
+    group.add_argument("--grammar", metavar="FILE", help="write text of this grammar: Lark, or NAME.gbnf")
     group.add_argument("--speculate", type=int, metavar="N", help="guess up to N tokens at a time; same text, sooner")
     group.add_argument("--draft", metavar="PATH", help="a smaller model that guesses, --speculate tokens at a time (4)")
     group.add_argument("--ignore-eos", action="store_true", help="go on after the token that ends a text")

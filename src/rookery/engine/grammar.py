@@ -27,7 +27,7 @@ SPACE = r"\n? {0,24}"
 
 @dataclass(frozen=True)
 class Grammar:
-    """The form of a text; made by `json_schema`, `regex` or `lark`."""
+    """The form of a text; made by `json_schema`, `regex`, `lark` or `gbnf`."""
 
     source: str
     """In llguidance's own notation."""
@@ -54,6 +54,17 @@ def regex(pattern: str) -> Grammar:
 def lark(grammar: str) -> Grammar:
     """Text of a context-free grammar in Lark's notation; it begins with the rule `start`."""
     return Grammar(_matcher().grammar_from_lark(grammar), "grammar")
+
+
+def gbnf(grammar: str) -> Grammar:
+    """Text of a grammar in llama.cpp's notation, which begins with `root`. ValueError for what cannot be read."""
+    _llguidance()
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    try:
+        return lark(gbnf_to_lark(grammar))
+    except Exception as error:  # it raises plain ones, too
+        raise ValueError(f"the GBNF grammar cannot be read: {error}") from None
 
 
 class Guide:
@@ -137,14 +148,17 @@ def read_grammar(
     pattern: str | None = None,
     grammar: str | os.PathLike[str] | None = None,
 ) -> Grammar | None:
-    """The one that is given: the file of a schema, a regular expression, the file of a Lark grammar; else None."""
+    """The one that is given: the file of a schema, a regular expression, the file of a grammar; else None.
+
+    A grammar's file is in llama.cpp's notation where its name ends in .gbnf, else in Lark's.
+    """
     given = [name for name, value in (("schema", schema), ("pattern", pattern), ("grammar", grammar)) if value]
     if len(given) > 1:
         raise ValueError(f"a text can have one form, got {' and '.join(given)}")
     if schema:
         return json_schema(_text_of(schema))
     if grammar:
-        return lark(_text_of(grammar))
+        return (gbnf if os.fspath(grammar).lower().endswith(".gbnf") else lark)(_text_of(grammar))
     return regex(pattern) if pattern else None
 
 
