@@ -40,6 +40,7 @@ budget: $(VENV)/.tested-tools ## seconds per test folder, import times, longest 
 bench-train: $(VENV)/.tested-tools ## training tokens/s against a GPT and a loop without kernels; where a step's time goes
 	$(BIN)/python benchmarks/train_cpu.py --naive --save
 	$(BIN)/python benchmarks/train_profile.py --save
+	$(BIN)/python benchmarks/training_page.py
 
 # the native test program, native/tests, built without Python
 NATIVE_TESTS := PATH=$(CURDIR)/$(BIN):$$PATH cmake -S . -G Ninja -DROOKERY_NATIVE_TESTS=ON

@@ -98,7 +98,7 @@ def measured(size: str, given: argparse.Namespace, device: torch.device, folder:
                 "MFU of a product": reached / product,
                 "MFU of the peak": reached / (given.peak * 1e12) if given.peak else None,
                 "GB held at most": held[name] * 1e-9,
-                "times the GPT's speed": seconds.ratio("gpt", name),
+                "times as fast as the GPT": seconds.ratio("gpt", name),
             }
         )
     runs.clear()
