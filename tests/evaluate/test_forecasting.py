@@ -7,7 +7,8 @@ from support.series import randomised
 from rookery.data.series import SeriesWindows, read_table, scaled, standard_splits
 from rookery.errors import UnknownName
 from rookery.evaluate.forecasting import Sums, evaluate, filled, persistence, predictor, profile, seasonal_naive
-from rookery.models import save_model
+from rookery.forecasting.fit import FitConfig, fit
+from rookery.models import create_model, save_model
 
 NAIVE = {
     # set, horizon -> MSE and MAE of persistence, a day and a week repeated, and the profile (timeseries.md 5.3)
@@ -64,6 +65,21 @@ def test_the_scaler_has_the_published_numbers(name):
 def test_training_has_the_published_number_of_windows():
     table = read_table(shared("timeseries/ETTh1.csv"))
     assert len(SeriesWindows(table.values, standard_splits(table).train, 336, 96)) == 8209
+
+
+@pytest.mark.data
+def test_the_middle_of_trained_quantiles_holds_as_much_as_it_should():
+    # timeseries.md 8.10; a small model and half a year, a pass over which takes seconds
+    path = shared("timeseries/ETTh1.csv")
+    table = read_table(path)
+    values = scaled(table, standard_splits(table)).values
+    sizes = {"hidden_size": 32, "head_dim": 16, "num_hidden_layers": 1, "dropout": 0.1, "levels": (0.1, 0.5, 0.9)}
+    model = create_model("rimer", context_length=96, **sizes)
+    train, validation = (SeriesWindows(values, rows, 96, 24) for rows in (range(4320, 8640), range(8640, 9000)))
+    fit(model, train, validation, FitConfig(epochs=1, batch_size=32, lr=3e-3))
+    found = evaluate(model, path, 96, 24, batch_size=256)
+    assert 0.7 < found["coverage"] < 0.9
+    assert found["mse"] < evaluate("seasonal-naive", path, 96, 24)["mse"]
 
 
 @pytest.mark.data

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from rookery.errors import MissingDependency, UnknownName
+from rookery.errors import UnknownName
 from rookery.reproduce import reproduction
 from rookery.reproduce.base import Outcome, Reproduction, Work
-from rookery.reproduce.report import cell, markdown_table, mean_spread, reflow, require_matplotlib, write
+from rookery.reproduce.report import cell, markdown_table, mean_spread, reflow, write
 
 ROWS = [
     {"model": "ours", "baseline": False, "size": 1200, **mean_spread("loss", [1.0, 1.5])},
@@ -107,12 +107,6 @@ def test_paragraphs_are_wrapped_anew_and_lists_are_not():
 def test_an_unknown_name_gets_the_nearest_one():
     with pytest.raises(UnknownName, match="no reproduction named 'recal'. Did you mean 'recall'"):
         reproduction("recal")
-
-
-def test_a_missing_matplotlib_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(MissingDependency, match=r'pip install "rookery\[train\]"'):
-        require_matplotlib()
 
 
 def test_listing_imports_no_torch():

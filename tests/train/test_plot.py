@@ -60,6 +60,5 @@ def test_a_folder_without_a_run_and_an_empty_run_are_named(tmp_path):
 
 def test_missing_matplotlib_is_named(monkeypatch, runs, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(MissingDependency, match=r"rookery\[train\]"):
         plot(runs, tmp_path / "x.png")

@@ -79,11 +79,8 @@ def as_csv(forecast: Forecast, levels: list[float], target: str) -> str:
 
 def plot(forecast: Forecast, path: Path, form: str) -> None:
     """Writes the picture in a format that matplotlib knows ("png", "svg", "pdf")."""
-    from rookery.reproduce.report import require_matplotlib
+    from rookery.plotting import new_figure
 
-    require_matplotlib()
-    from matplotlib.figure import Figure  # not pyplot, which may look for a display
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = new_figure(9, 4, extra="series")
     forecast.plot(figure.subplots())
     figure.savefig(path, format=form, dpi=120)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rookery.checkpoints.atomic import replacing
-from rookery.errors import MissingDependency
 from rookery.nn.language_model import LanguageModel
+from rookery.plotting import new_figure
 
 
 @torch.no_grad()
@@ -70,8 +70,8 @@ def plot_loss_by_position(
     curves: Mapping[str, np.ndarray], path: str | os.PathLike[str], *, trained_length: int = 0
 ) -> None:
     """Writes a PNG with the losses of every name, as `loss_by_position` gives them; a line marks `trained_length`."""
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+    figure = new_figure(7, 4)
+    axes = figure.subplots()
     for name, losses in curves.items():
         means = by_octave(losses)
         middles = [((m.first + 1) * (m.last + 1)) ** 0.5 for m in means]
@@ -81,19 +81,5 @@ def plot_loss_by_position(
     axes.set(xscale="log", xlabel="position (tokens)", ylabel="loss (nats a token)")
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.tight_layout()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-    pyplot.close(figure)
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise MissingDependency('plots need matplotlib: pip install "rookery[train]"') from None
-    from matplotlib import pyplot
-
-    if matplotlib.get_backend().lower() != "agg":
-        pyplot.switch_backend("agg")
-    return pyplot

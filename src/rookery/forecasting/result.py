@@ -8,6 +8,7 @@ import numpy as np
 
 from rookery.errors import MissingDependency
 from rookery.families.forecast import median_of
+from rookery.plotting import require_matplotlib
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,8 @@ def pandas() -> Any:
 
 
 def pyplot() -> Any:
-    """matplotlib.pyplot, or an error that says how to get it."""
-    try:
-        import matplotlib.pyplot as plt
-    except ModuleNotFoundError:
-        raise MissingDependency('plots need matplotlib: pip install "rookery[series]"') from None
+    """matplotlib.pyplot, which shows what is drawn in a notebook, or an error that says how to get it."""
+    require_matplotlib("series")
+    import matplotlib.pyplot as plt
+
     return plt

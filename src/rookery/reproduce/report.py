@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rookery.checkpoints.atomic import replacing
-from rookery.errors import MissingDependency
+from rookery.plotting import new_figure, require_matplotlib
 from rookery.reproduce import reproduction
 from rookery.reproduce.base import Outcome, Reproduction, Scale, Work
 
@@ -36,14 +36,6 @@ def run(name: str, *, scale: Scale = "default", data: str | Path | None = None, 
     if work.reused:
         work.say(f"{work.reused} parts were there already; to make them again, delete {work.folder}")
     return write(tried, outcome, work, out)
-
-
-def require_matplotlib() -> None:
-    """MissingDependency where plots cannot be drawn."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise MissingDependency('plots need matplotlib: pip install "rookery[train]"') from None
 
 
 def write(tried: Reproduction, outcome: Outcome, work: Work, out: Path) -> Path:
@@ -75,10 +67,7 @@ def write(tried: Reproduction, outcome: Outcome, work: Work, out: Path) -> Path:
 
 
 def _draw(outcome: Outcome, path: Path) -> None:
-    # not pyplot: it keeps figures in a global list and may look for a display
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=outcome.figure_size, layout="constrained")
+    figure = new_figure(*outcome.figure_size)
     outcome.plot(figure)
     figure.savefig(path, dpi=PIXELS_PER_INCH, format="png", metadata={"Software": None})
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from rookery.checkpoints.atomic import replacing
-from rookery.errors import MissingDependency
+from rookery.plotting import new_figure
 
 PANELS = (
     ("loss", "loss, nats a token"),
@@ -51,13 +51,7 @@ def smoothed(values: np.ndarray, steps: int) -> np.ndarray:
 
 def plot(runs: Sequence[str | Path], out: str | Path, by: str = "step") -> None:
     """Draws loss, learning rate, gradient norm and speed of `runs` over "step" or "tokens" into the PNG `out`."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingDependency('plots need matplotlib: pip install "rookery[train]"') from None
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 7)
     axes = figure.subplots(2, 2).flatten()
     for number, (name, metrics) in enumerate(zip(_names(runs), map(read_metrics, runs))):
         for axis, (key, _) in zip(axes, PANELS):
