@@ -30,11 +30,11 @@ def server(tmp_path_factory):
         port = probe.getsockname()[1]
     given = ("--ray", "--replicas", 3, "--threads", 1, "--template", "g1", "--port", port, "--state-folder", folder)
     command = [sys.executable, "-m", "rookery", "serve", *map(str, given), "--drain", "20"]
-    patient = os.environ | {"RAY_raylet_start_wait_time_s": "120"}  # where others work, too, Ray starts slowly
+    patient = os.environ | {"RAY_raylet_start_wait_time_s": "400"}  # where others work, too, Ray starts slowly
     with open(folder / "log", "w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env=patient)
     try:
-        until = time.monotonic() + 240
+        until = time.monotonic() + 600
         while "serves from 3 replicas" not in (folder / "log").read_text():
             assert server.poll() is None, (folder / "log").read_text()
             assert time.monotonic() < until, (folder / "log").read_text()
@@ -42,7 +42,7 @@ def server(tmp_path_factory):
         yield server, f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
-        server.wait(60)
+        server.wait(120)
 
 
 def replicas(server):
@@ -103,17 +103,16 @@ def test_no_conversation_is_lost_when_a_replica_is_killed_under_load(server, llm
             with pytest.raises(httpx.ReadTimeout):
                 await client.post("/v1/completions", json=body, timeout=1.5)
             await asyncio.sleep(1)
+            metrics = (await client.get("/metrics")).text
             for place in {place for _, places, _ in found for place in places[-1:]}:
-                there = {"user": f"x_{place}{'0' * 24}"}
-                metrics = (await client.request("GET", "/metrics", json=there)).text
-                assert 'rookery_texts{model="embedded",where="active"} 0.0' in metrics
+                assert f'rookery_texts{{replica="{place}",model="embedded",where="active"}} 0.0' in metrics
             return found
 
     found = asyncio.run(ask())
     for number, (texts, _, _) in enumerate(found):
         session = llm.session()
         assert texts == [session.say(words, 16, seed=10 * number + turn) for turn, words in enumerate(TURNS)]
-    until = time.monotonic() + 60
+    until = time.monotonic() + 120
     while len(now := replicas(process)) < 3 or before[0] in now:  # Ray has put another in its place
         assert time.monotonic() < until
         time.sleep(0.5)
@@ -130,4 +129,4 @@ def test_sigterm_lets_open_answers_end(server, llm):
                     process.terminate()
                 text += json.loads(line[6:])["choices"][0]["text"]
     assert text == llm.generate("Once upon a time", 60, seed=3, logit_bias={0: -float("inf")})
-    assert process.wait(60) == 0
+    assert process.wait(120) == 0

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from rookery.serve.app import create_app
-from rookery.serve.relay import Asked, Lost, answered, conversation_of, place_of, ranked, relay, whole
+from rookery.serve.relay import Asked, Lost, answered, conversation_of, gathered, place_of, ranked, relay, whole
 from rookery.serve.schema import ApiError
 from rookery.serve.states import new_id
 
@@ -173,6 +173,30 @@ def test_a_client_that_goes_away_frees_its_place(cluster):
                         await asyncio.sleep(0.005)
 
     asyncio.run(ask())
+
+
+def test_metrics_of_all_servers_are_one_page(cluster):
+    async def ask():
+        async with cluster() as running:
+            for number in range(2):
+                await running.post("/v1/completions", prompt="Once", max_tokens=2, user=f"user {number}")
+            asked = Asked("GET", "/metrics", b"", [], b"")
+            found = {
+                place: [message async for messages in answered(app, asked) for message in messages]
+                for place, app in running.apps.items()
+            }
+            refused = {"anna0001": [{"status": 401}, {"body": b"a key is needed"}]}
+            return gathered(found), gathered(found | refused), refused
+
+    (start, body), refusal, refused = asyncio.run(ask())
+    text = body["body"].decode()
+    assert start["status"] == 200
+    assert dict(start["headers"])[b"content-length"] == str(len(body["body"])).encode()
+    assert text.count("# TYPE rookery_texts gauge") == 1
+    samples = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line[0] != "#"}
+    written = [samples[f'rookery_engine_total{{replica="{place}",model="tiny",what="tokens"}}'] for place in PLACES]
+    assert sum(written) == 4
+    assert refusal == refused["anna0001"]
 
 
 def test_what_no_server_can_answer_is_said_in_openais_form():

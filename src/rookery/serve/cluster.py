@@ -27,7 +27,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from rookery.serve.guard import answer
 from rookery.serve.hosting import Limits
-from rookery.serve.relay import Asked, Lost, answered, conversation_of, ranked, relay, whole
+from rookery.serve.relay import Asked, Lost, answered, conversation_of, gathered, ranked, relay, whole
 from rookery.serve.schema import ApiError
 
 NAME = "rookery"
@@ -52,7 +52,8 @@ class Replica:
         log = logging.getLogger("rookery")
         log.setLevel(logging.INFO)  # Ray leaves it to us to say where our lines go: its worker's log
         log.addHandler(logging.StreamHandler())
-        self.app = build(serve.get_replica_context().replica_id.unique_id)
+        self.place = serve.get_replica_context().replica_id.unique_id
+        self.app = build(self.place)
         self._open = contextlib.AsyncExitStack()
         await self._open.enter_async_context(self.app.router.lifespan_context(self.app))
 
@@ -60,9 +61,13 @@ class Replica:
         async for messages in answered(self.app, asked):
             yield messages
 
+    async def count(self, asked: Asked) -> tuple[str, list[Message]]:
+        """Where this is, and its answer to GET /metrics."""
+        return self.place, [message async for messages in answered(self.app, asked) for message in messages]
+
 
 class ByConversation(RequestRouter):
-    """Asks the replica that holds the conversation, or the less busy of two; those that are full are passed over."""
+    """Asks the replica that holds the conversation, or the less busy of two; one with no row free is passed over."""
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -96,7 +101,13 @@ class Relayed(Response):
             await answer(wrong, send)
             return
         if asked is not None:
-            await relay(asked, self.ask, send)
+            await relay(asked, self.count if asked.path == "/metrics" else self.ask, send)
+
+    async def count(self, asked: Asked) -> AsyncGenerator[list[Message], None]:
+        found = await self.replicas.broadcast("count", asked).results_async(timeout_s=5, return_exceptions=True)
+        if not (there := [one for one in found if isinstance(one, tuple)]):
+            raise Lost("no replica counts anything")
+        yield gathered(dict(there))
 
     async def ask(self, asked: Asked) -> AsyncGenerator[list[Message], None]:
         found = self.replicas.remote(asked, conversation_of(asked))
@@ -133,7 +144,7 @@ def application(build: Callable[[str], FastAPI], limits: Limits, size: Size, dra
         Replica,
         name="replica",
         autoscaling_config=scaled,
-        max_ongoing_requests=limits.rows + limits.queue,
+        max_ongoing_requests=limits.rows,  # texts wait in the router, where whoever is free first can take them
         max_queued_requests=limits.queue,
         graceful_shutdown_timeout_s=drain,
         graceful_shutdown_wait_loop_s=0.5,
@@ -170,10 +181,9 @@ def running(
     """
     own: dict[str, Any] = {}
     if address is None:
-        cores = max(
-            os.cpu_count() or 1, math.ceil(size.most * size.cpus)
-        )  # who asks for more replicas than cores gets them
-        own = {"num_cpus": cores, "include_dashboard": False, "object_store_memory": 100 << 20}  # nothing is put there
+        # who asks for more replicas than there are cores gets them; nothing is put into the object store
+        cores = max(os.cpu_count() or 1, math.ceil(size.most * size.cpus))
+        own = {"num_cpus": cores, "include_dashboard": False, "object_store_memory": 100 << 20}
     ray.init(address or "local", **own)
     try:
         serve.start(proxy_location="EveryNode", http_options=HTTPOptions(host=host, port=port))
@@ -193,7 +203,7 @@ def run(build: Callable[[str], FastAPI], *, ready: Callable[[], None], **options
     """`running` until SIGTERM or Ctrl-C; `ready` is called when requests can come."""
     stop = threading.Event()
     with running(build, **options):
-        ready()
         for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own
             signal.signal(number, lambda *_: stop.set())
+        ready()
         stop.wait()

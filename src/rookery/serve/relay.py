@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from fastapi.sse import format_sse_event
@@ -177,6 +177,29 @@ async def relay(asked: Asked, ask: Callable[[Asked], AsyncGenerator[list[Message
         await send({"type": "http.response.body", "body": last_event(asked.path, wrong), "more_body": False})
     else:  # half a file must not look whole
         raise Lost("an answer was cut")
+
+
+def gathered(answers: Mapping[str, list[Message]]) -> list[Message]:
+    """One answer from those of all places to GET /metrics: every sample tells its `replica`. A refusal stays one."""
+    refused = [found for found in answers.values() if found[0]["status"] != 200]
+    if refused:
+        return refused[0]
+    kinds: dict[str, list[str]] = {}
+    for place, (_, *parts) in answers.items():
+        kind = ""
+        for line in b"".join(part.get("body", b"") for part in parts).decode().splitlines():
+            if line.startswith("# HELP"):
+                kind = line
+            elif line.startswith("#"):
+                kind = f"{kind}\n{line}"
+                kinds.setdefault(kind, [])
+            else:
+                kinds[kind].append(line.replace("{", f'{{replica="{place}",', 1))  # all of ours have labels
+    body = "".join(f"{line}\n" for kind, samples in kinds.items() for line in (kind, *samples)).encode()
+    (start, *_) = next(iter(answers.values()))
+    headers = [(name, value) for name, value in start["headers"] if name.lower() != b"content-length"]
+    headers.append((b"content-length", str(len(body)).encode()))
+    return [start | {"headers": headers}, {"type": "http.response.body", "body": body}]
 
 
 def last_event(path: str, wrong: ApiError) -> bytes:
