@@ -267,7 +267,10 @@ def test_a_chat_is_known_by_how_it_began():
 
     begun = (("system", "Be kind."), ("user", "Hello"))
     assert of(*begun) == of(*begun, ("assistant", "Hi"), ("user", "More")) != of(begun[0], ("user", "Bye"))
-    assert conversation_of(Asked("POST", "/v1/chat/completions", b"", [], b"{")) is None
+    for body in (b"{", b"\xff", b"[" * 100_000, b'{"messages": {"a": 1}}', b'{"messages": [{}]}'):
+        assert conversation_of(Asked("POST", "/v1/chat/completions", b"", [], body)) is None
+    half = conversation_of(Asked("POST", "/v1/completions", b"", [], b'{"user": "\\ud800"}'))
+    assert sorted(ranked(half, "ab")) == ["a", "b"]
 
 
 def test_conversations_go_home_and_scatter_evenly_when_home_is_gone():

@@ -57,7 +57,7 @@ def conversation_of(asked: Asked) -> str | None:
         turns = body.get("messages") or []
         first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), None)
         return None if first is None else json.dumps([body.get("model"), turns[: first + 1]])
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None  # whoever answers says what is wrong with it
 
 
@@ -75,7 +75,8 @@ def ranked(conversation: str, places: Iterable[str]) -> list[str]:
     home = place_of(conversation)
 
     def rank(place: str) -> tuple[bool, bytes]:
-        return place != home, hashlib.sha256(f"{place} {conversation}".encode()).digest()
+        # clients may send half characters, which have no bytes
+        return place != home, hashlib.sha256(f"{place} {conversation}".encode(errors="replace")).digest()
 
     return sorted(places, key=rank)
 
