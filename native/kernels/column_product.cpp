@@ -8,6 +8,7 @@
 #include "core/pairs.hpp"
 #include "core/scratch.hpp"
 #include "core/simd.hpp"
+#include "kernels/float_product.hpp"
 #if defined(ROOKERY_TILES)
 #include "kernels/tile_columns.hpp"
 #endif
@@ -18,7 +19,6 @@ namespace {
 
 using std::int64_t;
 
-constexpr int line = 64;                           // bytes
 constexpr int64_t near_sums = 4096;                // floats of sums that stay in the first-level cache
 
 constexpr int abreast = 8;                         // inputs whose columns are read at once
@@ -26,13 +26,6 @@ constexpr int64_t block_in = 64;                   // inputs whose columns are w
 constexpr int strip = lanes > 8 ? 4 : 2;           // vectors of outputs held in registers …
 constexpr int strip_tokens = lanes > 8 ? 6 : 4;    // … for so many tokens
 constexpr int narrow_vectors = lanes > 8 ? 4 : 8;  // vectors of outputs of a matrix whose sums stay in registers
-
-template <class T>
-const T* weights(const Matrix& w) {
-  return static_cast<const T*>(w.data);
-}
-
-inline void put(float* y, vfloat value, bool add, auto part) { store(y, add ? load(y, part) + value : value, part); }
 
 // Input i of token t, as it is multiplied.
 inline float input(const Product& p, int64_t t, int64_t i) {

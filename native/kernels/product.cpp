@@ -10,6 +10,7 @@
 #include "core/scratch.hpp"
 #include "core/simd.hpp"
 #include "kernels/column_product.hpp"
+#include "kernels/float_product.hpp"
 #include "kernels/integer_product.hpp"
 #include "kernels/q6_k_product.hpp"
 #if defined(ROOKERY_TILES)
@@ -25,18 +26,7 @@ using std::int64_t;
 constexpr int together = 4;                             // rows that are read at once
 constexpr int tile_tokens = lanes > 8 ? lanes / 4 : 2;  // tokens whose sums fit the registers beside them
 constexpr int64_t near = 384 * 1024;                    // bytes of inputs that stay in the second-level cache
-constexpr int line = 64;                                // bytes
 constexpr int next = 4096;                              // bytes
-
-template <class T>
-const T* weights(const Matrix& w) {
-  return static_cast<const T*>(w.data);
-}
-
-template <class... P>
-inline void put(float* y, vfloat value, bool add, P... part) {
-  store(y, add ? load(y, part...) + value : value, part...);
-}
 
 // How rows are multiplied with inputs. Weights are widened to float32 …
 template <class T>

@@ -1,6 +1,7 @@
 """Packed matrices: their bytes, the products of the compiled kernels with them, and files of them."""
 
 import json
+from dataclasses import replace
 
 import gguf
 import ml_dtypes
@@ -299,6 +300,27 @@ def test_gguf_files_run_with_the_numbers_that_they_have(files, dtype, tmp_path):
         exact = load(tmp_path / "m.gguf").float()(torch.tensor([ids]))[0][0].numpy()
     logits = runner.forward(ids, runner.init_state(), "all")
     assert np.square(logits - exact).mean() < 0.03**2 * np.square(exact).mean()
+
+
+def test_a_head_and_an_embedding_of_six_bits_run_as_they_are(tmp_path):
+    model = create_model("rwkv7-test", hidden_size=256, num_hidden_layers=1, vocab_size=77)
+    save_model(model, tmp_path / "m.safetensors")
+    checkpoint, tensors = open_checkpoint(tmp_path / "m.safetensors"), {}
+    for name, blocks in (("head.weight", six_bits(77, 256)), ("emb.weight", six_bits(77, 256)[::-1])):
+        floats = gguf.quants.dequantize(blocks.reshape(77, -1), gguf.GGMLQuantizationType.Q6_K)
+        tensors[name] = Stored(
+            (77, 256), floats.dtype, floats.copy, "Q6_K", blocks.nbytes, Packed("q6_k", "blocks", blocks.copy)
+        )
+        model.get_parameter(name).data.copy_(torch.from_numpy(floats))
+    runner = NativeRunner(replace(checkpoint, tensors=checkpoint.tensors | tensors))
+    assert runner.formats["head.weight"] == runner.formats["emb.weight"] == "q6_k"
+    ids = ids_for(runner)
+    with torch.no_grad():
+        exact = model(torch.tensor([ids]))[0][0].numpy()
+    logits = runner.forward(ids, runner.init_state(), "all")
+    assert np.square(logits - exact).mean() < 0.03**2 * np.square(exact).mean()
+    state = runner.init_state()
+    np.testing.assert_array_equal(np.concatenate([runner.forward([token], state) for token in ids]), logits)
 
 
 def test_llm_quantises_and_says_what_it_cannot(files, tmp_path):
