@@ -13,9 +13,9 @@ from rookery.engine.runners.torch import TorchRunner
 from rookery.engine.runners.torch_graphs import SIZES, Steps, size_for
 from rookery.engine.scheduler import Scheduler
 from rookery.engine.state_cache import StateCache
-from rookery.models import save_model
+from rookery.models import create_model, save_model
 
-STATIC = [name for name in names() if randomised(name, dtype=torch.float32).static_step]
+STATIC = [name for name in names() if create_model(name, device="meta").static_step]
 DRAWN = {"top_p": 1.0, "ignore_eos": True}
 
 
