@@ -183,7 +183,7 @@ TOOL = {
 }
 
 
-def test_tools_are_called_with_arguments_of_their_schema(make):
+def test_tools_are_called_with_arguments_of_their_schema(make, llm):
     async def ask():
         async with make() as client:
             body = {
@@ -207,6 +207,41 @@ def test_tools_are_called_with_arguments_of_their_schema(make):
             choice = (await client.post("/v1/chat/completions", json=body)).json()["choices"][0]
             assert choice["message"]["content"]
             assert "tool_calls" not in choice["message"]
+            found = await chunks(client, "/v1/chat/completions", body)
+            deltas = [chunk["choices"][0]["delta"].get("content") or "" for chunk in found]
+            assert len(deltas) > 3  # words are not held back
+            assert "".join(deltas).strip() == choice["message"]["content"]
+            # or calls again
+            (brace,) = llm.tokenizer.encode("{")
+            body |= {"logit_bias": {str(brace): 100}, "max_tokens": 300}
+            choice = (await client.post("/v1/chat/completions", json=body)).json()["choices"][0]
+            assert choice["message"]["tool_calls"][0]["function"]["name"] == "weather"
+            assert choice["finish_reason"] == "tool_calls"
+            found = await chunks(client, "/v1/chat/completions", body)
+            assert found[-1]["choices"][0]["delta"]["tool_calls"][0]["function"]["name"] == "weather"
+            assert not any(chunk["choices"][0]["delta"].get("content") for chunk in found)
+
+    run(ask())
+
+
+def test_schemas_of_tools_may_refer_to_their_parts(make):
+    async def ask():
+        async with make() as client:
+            city = {"type": "object", "properties": {"name": {"enum": ["Oslo"]}}, "required": ["name"]}
+            city |= {"additionalProperties": False}
+            schema = {"$defs": {"City": city}, "type": "object", "properties": {"city": {"$ref": "#/$defs/City"}}}
+            schema |= {"required": ["city"], "additionalProperties": False}
+            tools = [{"type": "function", "function": {"name": name, "parameters": schema}} for name in ("a", "b")]
+            body = {"messages": [{"role": "user", "content": "x"}], "tools": tools, "seed": 1, "max_tokens": 200}
+            choice = (await client.post("/v1/chat/completions", json=body)).json()["choices"][0]
+            assert json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"]) == {"city": {"name": "Oslo"}}
+            deep = {}
+            for _ in range(400):
+                deep = {"properties": {"a": deep}}
+            body["tools"] = [{"type": "function", "function": {"name": "a", "parameters": deep}}]
+            reply = await client.post("/v1/chat/completions", json=body)
+            assert reply.status_code == 400
+            assert "the schema cannot be used" in reply.json()["error"]["message"]
 
     run(ask())
 

@@ -46,6 +46,14 @@ def json_schema(schema: Mapping[str, Any] | bool | str) -> Grammar:
     return Grammar(source, "JSON schema")
 
 
+def json_or_text(schema: Mapping[str, Any]) -> Grammar:
+    """JSON that this schema describes, in a block of code or not, or any text that does not begin like it."""
+    described = json.dumps({**schema, "x-guidance": {"whitespace_pattern": SPACE}})
+    return lark(
+        f"start: call | TEXT\ncall: /\\s?(```json\\n)?/ %json {described} /(\\n```)?/\nTEXT: /\\s*[^\\s{{`](.|\\n)*/"
+    )
+
+
 def regex(pattern: str) -> Grammar:
     """Text that the regular expression (Rust's dialect, no look-around) matches from its beginning to its end."""
     return Grammar(_matcher().grammar_from_regex(pattern), "regular expression")

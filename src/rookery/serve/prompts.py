@@ -2,11 +2,11 @@
 
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from rookery.engine.grammar import Grammar, json_schema
+from rookery.engine.grammar import Grammar, json_or_text, json_schema
 from rookery.engine.llm import LLM
 from rookery.serve.schema import ApiError, Chat, Message, NamedTool, ResponseFormat, Tool
 from rookery.tokenizers.chat import END_OF_TURN, ChatTemplate, render
@@ -23,7 +23,7 @@ class Prompt(NamedTuple):
     """An answer ends before these."""
     grammar: Grammar | None = None
     calls: bool = False
-    """True if the answer is a function call."""
+    """True if the answer is a function call, or may be one."""
 
 
 def template_of(llm: LLM) -> ChatTemplate:
@@ -63,11 +63,11 @@ def chat_prompt(llm: LLM, asked: Chat, *, goes_on: bool) -> Prompt:
         return prompt._replace(grammar=form(asked.response_format))
     tools = [tool.model_dump() for tool in chosen(asked.tools, asked.tool_choice)]
     prompt = conversation(llm, asked.messages, asked.reasoning_effort, goes_on=goes_on, tools=tools)
-    # after a function's result the model answers in words, unless it is made to call
-    calls = asked.messages[-1].role != "tool" or asked.tool_choice != "auto"
-    if not calls:
-        return prompt._replace(grammar=form(asked.response_format))
-    return prompt._replace(grammar=call_grammar(tools), calls=True)
+    # after a function's result the model calls again or answers, unless it is made to call
+    may_speak = asked.messages[-1].role == "tool" and asked.tool_choice == "auto"
+    if may_speak and (grammar := form(asked.response_format)):
+        return prompt._replace(grammar=grammar)
+    return prompt._replace(grammar=call_grammar(tools, may_speak), calls=True)
 
 
 def chosen(tools: list[Tool], choice: str | NamedTool) -> list[Tool]:
@@ -80,18 +80,34 @@ def chosen(tools: list[Tool], choice: str | NamedTool) -> list[Tool]:
     return named
 
 
-def call_grammar(tools: list[dict[str, Any]]) -> Grammar:
-    """JSON that calls one of the functions with arguments of its schema."""
+def call_grammar(tools: list[dict[str, Any]], may_speak: bool = False) -> Grammar:
+    """JSON that calls one of the functions with arguments of its schema; where it `may_speak`, or words."""
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"const": tool["function"]["name"]}, "arguments": tool["function"]["parameters"]},
+            "properties": {"name": {"const": tool["function"]["name"]}, "arguments": {"$ref": f"#/$defs/{number}"}},
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
-        for tool in tools
+        for number, tool in enumerate(tools)
     ]
-    return _grammar(calls[0] if len(calls) == 1 else {"anyOf": calls}, "tools")
+    try:
+        definitions = {str(i): _moved(tool["function"]["parameters"], f"#/$defs/{i}") for i, tool in enumerate(tools)}
+    except RecursionError:
+        raise ApiError(400, "the schema cannot be used: it is nested too deep", param="tools") from None
+    how = json_or_text if may_speak else json_schema
+    schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    return _grammar(schema | {"$defs": definitions}, "tools", how)
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """The schema with its references to its own parts, when it is a part of another one."""
+    if isinstance(schema, dict):
+        parts = {key: _moved(value, place) for key, value in schema.items()}
+        if isinstance(to := schema.get("$ref"), str) and to.startswith("#"):
+            parts["$ref"] = place + to[1:]
+        return parts
+    return [_moved(part, place) for part in schema] if isinstance(schema, list) else schema
 
 
 def form(asked: ResponseFormat | None) -> Grammar | None:
@@ -105,20 +121,25 @@ def form(asked: ResponseFormat | None) -> Grammar | None:
     return _grammar(asked.json_schema.described, "response_format")
 
 
-def _grammar(schema: dict[str, Any], param: str) -> Grammar:
+def _grammar(schema: dict[str, Any], param: str, how: Callable[[dict[str, Any]], Grammar] = json_schema) -> Grammar:
     """The grammar of a schema; ApiError for one that is too large to be followed in time, or no schema."""
     try:
         if len(json.dumps(schema)) > SCHEMA:
             raise ValueError(f"a schema takes up to {SCHEMA} characters; this one is longer")
-        return json_schema(schema)
+        return how(schema)
     except (ValueError, RecursionError) as wrong:
         raise ApiError(400, f"the schema cannot be used: {str(wrong)[:300]}", param=param) from None
+
+
+def may_be_call(text: str) -> bool:
+    """True for the beginning of an answer that may yet turn out to be a call."""
+    return text.startswith(("{", "`"))
 
 
 def tool_calls(text: str) -> list[dict[str, Any]] | None:
     """OpenAI's description of the call in a constrained answer; None where the answer was cut before its end."""
     try:
-        call = json.loads(text)
+        call = json.loads(text.strip().removeprefix("```json").removesuffix("```"))
         return [
             {
                 "id": f"call_{secrets.token_hex(12)}",

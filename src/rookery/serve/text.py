@@ -12,7 +12,7 @@ from fastapi.sse import EventSourceResponse, format_sse_event
 
 from rookery.engine.session import Session
 from rookery.serve.hosting import Hosted, Running, usage
-from rookery.serve.prompts import Prompt, chat_prompt, form, tool_calls
+from rookery.serve.prompts import Prompt, chat_prompt, form, may_be_call, tool_calls
 from rookery.serve.schema import ApiError, Chat, Completion, Sampled
 from rookery.serve.states import Kept, new_id
 from rookery.serve.watching import Progress
@@ -306,14 +306,14 @@ async def chat_chunks(
         if piece is not None:
             shown = piece if told[i] else piece.lstrip()  # an answer begins with the space after the speaker's colon
             told[i] += shown
-            if shown and not prompt.calls:
+            if shown and not (prompt.calls and may_be_call(told[i])):
                 yield chunk(i, {"content": shown}, logprobs=chat_logprobs(model, one))
             continue
         message, reason = said(prompt, told[i], one)
         delta: dict[str, Any] = {}
         if prompt.calls and message.get("tool_calls"):
             delta = {"tool_calls": [{"index": 0, **message["tool_calls"][0]}]}
-        elif prompt.calls:
+        elif prompt.calls and may_be_call(told[i]):
             delta = {"content": told[i]}
         state = await kept(model, asked, one, told[i])
         yield chunk(i, delta, reason, **({"state": state.about(model.states.expiry)} if state else {}))
