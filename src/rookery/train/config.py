@@ -180,6 +180,8 @@ class TrainConfig:
         check_choices(self.data)
         if self.piece_length < 0:
             raise ValueError(f"piece_length must be 0 or more, got {self.piece_length}")
+        if self.piece_length and not isinstance(self, FinetuneConfig | DistillConfig) and type(self) is not TrainConfig:
+            raise ValueError("piece_length is for models that learn text")
         if self.piece_length and self.context_parallel > 1:
             raise ValueError("rows are cut in pieces (piece_length) or shared (context_parallel), not both")
         if type(self) is not TrainConfig and (self.longce.truncation or self.train_only):

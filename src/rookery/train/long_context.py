@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from rookery.data.packing import IGNORED, PackedBatch
 from rookery.nn.language_model import LanguageModel
 from rookery.ops.linear_cross_entropy import linear_cross_entropy
 from rookery.ops.wkv7 import wkv7
@@ -35,40 +38,122 @@ def backward_in_pieces(
     reading keeps the states at the borders, a second one goes from the last piece to the first and hands the gradient
     of each piece's start state to the one before.
     """
-    pieces = list(zip(inputs.split(length, 1), targets.split(length, 1)))
-    shares = [piece.shape[1] / inputs.shape[1] for piece, _ in pieces]
+    halves = zip(inputs.split(length, 1), targets.split(length, 1))
+    pieces = [Piece(some, wanted, None, None, some.shape[1] / inputs.shape[1]) for some, wanted in halves]
+    return _backward(model, pieces, None, through=through, weight=weight, l2wrap=l2wrap)
 
-    def loss(features: Tensor, wanted: Tensor) -> Tensor:
-        return linear_cross_entropy(
-            features=features.flatten(0, 1), weight=model.head.weight, targets=wanted.flatten(), l2wrap=l2wrap
-        )
 
-    total = inputs.new_zeros((), dtype=torch.float32)
+def backward_documents_in_pieces(
+    model: LanguageModel,
+    batch: PackedBatch,
+    length: int,
+    start: Callable[[int], State] | None = None,
+    *,
+    through: bool = False,
+    weight: float = 1.0,
+    l2wrap: float = 0.0,
+) -> Tensor:
+    """As `backward_in_pieces`, of packed documents: `length` tokens of each at a time. The mean is over learned tokens.
+
+    `start` gives the state that so many documents begin with. Without `through` it learns from first pieces alone.
+    """
+    return _backward(model, document_pieces(batch, length), start, through=through, weight=weight, l2wrap=l2wrap)
+
+
+class Piece(NamedTuple):
+    """What goes through the model at a time."""
+
+    inputs: Tensor
+    targets: Tensor
+    cu_seqlens: Tensor | None
+    """Borders, where these are documents."""
+    rows: list[int] | None
+    """Which of the documents of the piece before go on, None for all."""
+    share: float
+    """Of the mean loss."""
+
+
+def document_pieces(batch: PackedBatch, length: int) -> list[Piece]:
+    """The first `length` tokens of each document, then the next ones of those that go on, and so forth."""
+    ends = batch.cu_seqlens.tolist()
+    going, rows, at, found = list(range(len(ends) - 1)), None, 0, []
+    total = int((batch.targets != IGNORED).sum()) or 1
+    while going:
+        spans = [(ends[i] + at, min(ends[i] + at + length, ends[i + 1])) for i in going]
+        places = torch.cat([torch.arange(a, b) for a, b in spans]).to(batch.inputs.device)
+        borders = batch.cu_seqlens.new_tensor([0, *(b - a for a, b in spans)]).cumsum(0)
+        targets = batch.targets[:, places]
+        share = int((targets != IGNORED).sum()) / total
+        found.append(Piece(batch.inputs[:, places], targets, borders, rows, share))
+        at += length
+        rows = [i for i, document in enumerate(going) if ends[document] + at < ends[document + 1]]
+        going = [going[i] for i in rows]
+    return found
+
+
+def _backward(
+    model: LanguageModel,
+    pieces: list[Piece],
+    start: Callable[[int], State] | None,
+    *,
+    through: bool,
+    weight: float,
+    l2wrap: float,
+) -> Tensor:
+    def read(piece: Piece, state: State | None) -> tuple[Tensor, State]:
+        return model.features(piece.inputs, state, piece.cu_seqlens)
+
+    def loss(features: Tensor, piece: Piece) -> Tensor:
+        features, wanted = features.flatten(0, 1), piece.targets.flatten()
+        if piece.cu_seqlens is not None:
+            learned = wanted != IGNORED
+            features, wanted = features[learned], wanted[learned]
+        if not piece.share:  # nothing is learned in it, but what comes later learns from what was read
+            return features.sum() * 0
+        return linear_cross_entropy(features=features, weight=model.head.weight, targets=wanted, l2wrap=l2wrap)
+
+    def begin() -> State | None:
+        return start and start(len(pieces[0].cu_seqlens) - 1)
+
+    total = pieces[0].inputs.new_zeros((), dtype=torch.float32)
     if not through:
-        state = None
-        for (piece, wanted), share in zip(pieces, shares):
-            features, state = model.features(piece, state, None)
-            found = loss(features, wanted)
-            (found * (share * weight)).backward()
-            total += found.detach() * share
+        state = begin()
+        for piece in pieces:
+            with torch.set_grad_enabled(bool(piece.share)):
+                features, state = read(piece, _going_on(state, piece))
+                found = loss(features, piece)
+            if found.requires_grad:  # a start state learns from first pieces alone
+                (found * (piece.share * weight)).backward()
+            total += found.detach() * piece.share
             state = state.detach()
         return total
 
     starts: list[State | None] = [None]
     with torch.no_grad():
-        for piece, _ in pieces[:-1]:
-            starts.append(model.features(piece, starts[-1], None)[1])
+        state = begin()
+        for piece, following in itertools.pairwise(pieces):
+            state = _going_on(read(piece, state)[1], following)
+            starts.append(state)
     after: dict[str, Tensor] = {}
-    for (piece, wanted), share, start in reversed(list(zip(pieces, shares, starts))):
-        start = start and start.map(_leaf)
-        features, end = model.features(piece, start, None)
-        found = loss(features, wanted)
-        total += found.detach() * share
+    for index, piece in reversed(list(enumerate(pieces))):
+        state = starts[index].map(_leaf) if index else begin()
+        features, end = read(piece, state)
+        found = loss(features, piece)
+        total += found.detach() * piece.share
+        if after:
+            end = _going_on(end, pieces[index + 1])
         ends = {name: t for name, t in end.tensors().items() if name in after and t.requires_grad}
-        torch.autograd.backward([found, *ends.values()], [found.new_tensor(share * weight), *(after[n] for n in ends)])
-        if start:
-            after = {name: t.grad for name, t in start.tensors().items() if t.grad is not None}
+        gradients = [found.new_tensor(piece.share * weight), *(after[n] for n in ends)]
+        if found.requires_grad:
+            torch.autograd.backward([found, *ends.values()], gradients)
+        if index:
+            after = {name: t.grad for name, t in state.tensors().items() if t.grad is not None}
     return total
+
+
+def _going_on(state: State | None, piece: Piece) -> State | None:
+    """The rows of `state` that `piece` begins with."""
+    return state if piece.rows is None or state is None else state.select(piece.rows)
 
 
 def _leaf(tensor: Tensor) -> Tensor:

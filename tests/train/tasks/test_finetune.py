@@ -178,6 +178,19 @@ def test_a_part_for_which_no_pair_is_left_weighs_nothing(config, learn, tmp_path
     assert sum(weights) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("method", ["lora", "state"])
+def test_documents_in_pieces_take_the_same_steps_where_gradients_go_through(config, tmp_path, method):
+    config = overlay(config, {"adapt": {"method": method}, "optim": {"eps": 1e-4}, "steps": 3})
+    train(config)
+    pieces = overlay(config, {"piece_length": 8, "piece_gradient": "through", "out": str(tmp_path / "pieces")})
+    train(pieces)
+    near = {"abs": 1e-4}
+    assert [row["loss"] for row in rows(pieces)] == pytest.approx([row["loss"] for row in rows(config)], **near)
+    train(overlay(pieces, {"piece_gradient": "cut", "out": str(tmp_path / "cut")}))
+    with pytest.raises(ValueError, match="preferences are learned from whole answers"):
+        FinetuneTask(overlay(pieces, {"learn": "dpo"}))
+
+
 def test_dropout_is_a_function_of_the_step(config):
     config = overlay(config, {"adapt": {"dropout": 0.5}, "accumulate": 2, "merge": True})
     whole = dataclasses.replace(config, out=config.out + "-whole")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +28,10 @@ from rookery.models import load, save_model
 from rookery.models.temporal_perspectives import TemporalPerspectives
 from rookery.tokenizers.pairing import resolve
 from rookery.train.config import FinetuneConfig
+from rookery.train.long_context import backward_documents_in_pieces
 from rookery.train.parallel import Place, moved
 from rookery.train.tasks.base import Task
-from rookery.train.tasks.language import numbers, save_tokenizer
+from rookery.train.tasks.language import check_pieces, numbers, save_tokenizer
 from rookery.train.tasks.preference import (
     References,
     collate_pairs,
@@ -60,6 +62,9 @@ class FinetuneTask(Task):
             raise ValueError("no model to fine-tune: give base, for example --set base=model.pth or base=embedded")
         if not config.data.path:
             raise ValueError("nothing to learn from: give data.path, for example --set data.path=chats.jsonl")
+        if config.piece_length and config.learn != "sft":
+            raise ValueError("preferences are learned from whole answers: use piece_length=0")
+        check_pieces(config)
         self.config = config
         # the state that texts start from is float32 always, as every state; the model it starts has the run's dtype
         self.dtype = torch.float32 if config.adapt.method == "state" else getattr(torch, config.dtype)
@@ -192,15 +197,6 @@ class FinetuneTask(Task):
         return batch.packed.inputs.numel()
 
     def loss(self, batch: Chosen) -> dict[str, Tensor]:
-        if not (self.config.adapt.dropout and torch.is_grad_enabled()):
-            return self._loss(batch)
-        self.part += 1
-        with torch.random.fork_rng():  # dropout is a function of the step and its part, so that a resumed run is exact
-            part = Place.here().rank * self.config.accumulate + self.part
-            torch.manual_seed((self.config.seed * 1_000_003 + self.step) * 100_003 + part)
-            return self._loss(batch)
-
-    def _loss(self, batch: Chosen) -> dict[str, Tensor]:
         config = self.config
         if config.learn == "sft":
             return {"loss": sft_loss(self.model, batch.packed, config.l2wrap, self.start)}
@@ -209,6 +205,28 @@ class FinetuneTask(Task):
             return orpo_loss(sums, counts, config.preference.weight, batch.answers)
         reference = self.references.of(batch.indices.tolist()).to(sums)
         return dpo_loss(sums, reference, config.preference.beta, config.preference.smoothing)
+
+    def backward(self, batch: Chosen, weight: float) -> dict[str, Tensor]:
+        config = self.config
+        with self._dropout():
+            if not config.piece_length:
+                return super().backward(batch, weight)
+            through = config.piece_gradient == "through"
+            settings = {"through": through, "weight": weight, "l2wrap": config.l2wrap}
+            found = backward_documents_in_pieces(self.model, batch.packed, config.piece_length, self.start, **settings)
+            return {"loss": found}
+
+    @contextmanager
+    def _dropout(self) -> Iterator[None]:
+        """Dropout is a function of the step and its part, so that a resumed run is exact."""
+        if not self.config.adapt.dropout:
+            yield
+            return
+        self.part += 1
+        with torch.random.fork_rng():
+            part = Place.here().rank * self.config.accumulate + self.part
+            torch.manual_seed((self.config.seed * 1_000_003 + self.step) * 100_003 + part)
+            yield
 
     def after_step(self) -> None:
         if self.start is not None:

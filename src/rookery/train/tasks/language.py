@@ -28,7 +28,7 @@ from rookery.tokenizers import Tokenizer, load_tokenizer
 from rookery.tokenizers.pairing import NAMES as SHIPPED_TOKENIZERS
 from rookery.tokenizers.trie import TrieTokenizer
 from rookery.train.config import DataConfig, TrainConfig
-from rookery.train.long_context import backward_in_pieces, longce_loss
+from rookery.train.long_context import backward_documents_in_pieces, backward_in_pieces, longce_loss
 from rookery.train.parallel import Place, moved
 from rookery.train.tasks.base import Task
 from rookery.train.tasks.sft import sft_loss
@@ -67,6 +67,7 @@ class LanguageTask(Task):
         if config.data.order != "documents":
             self.windows = Windows(learned, length, config.seed, config.data.order, weights)
             return
+        check_pieces(config)
         self.documents = PackedDocuments(learned, length, config.batch_size * length, config.seed, weights)
 
     def batch(self, step: int) -> Batch:
@@ -88,10 +89,10 @@ class LanguageTask(Task):
         config = self.config
         if not config.piece_length:
             return super().backward(batch, weight)
-        if isinstance(batch, PackedBatch):
-            raise ValueError('documents (data.order="documents") are not cut: use piece_length=0')
         through = config.piece_gradient == "through"
         settings = {"through": through, "weight": weight, "l2wrap": config.l2wrap}
+        if isinstance(batch, PackedBatch):
+            return {"loss": backward_documents_in_pieces(self.model, batch, config.piece_length, **settings)}
         return {"loss": backward_in_pieces(self.model, *batch, config.piece_length, **settings)}
 
     def segment(self, batch: Batch, index: int, parts: int) -> Batch:
@@ -210,6 +211,15 @@ def _held_out(tokens: list[Corpus], texts: Corpus) -> Corpus:
 
 HELD_OUT = 1 << 20
 """Tokens of a held-out binidx data set that are read; `validation_rows` looks at fewer."""
+
+
+def check_pieces(config: TrainConfig) -> None:
+    """ValueError where documents in pieces would leave processes waiting for each other."""
+    if config.piece_length and Place.here().world > 1:
+        raise ValueError(
+            "several processes cannot read documents in pieces (piece_length), of which each has another number; use "
+            "piece_length=0 with recompute=true, or one process"
+        )
 
 
 def numbers(text: str) -> list[float]:
