@@ -1,9 +1,11 @@
-"""Scheduler and cache under any order of events, against one text at a time."""
+"""Scheduler, cache and sessions under any order of events, against one text at a time."""
 
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
@@ -13,6 +15,7 @@ from rookery.engine.llm import LLM
 from rookery.engine.position import Position
 from rookery.engine.scheduler import Scheduler
 from rookery.engine.state_cache import StateCache
+from rookery.errors import BadState
 
 VOCAB = 6
 PROMPT = st.lists(st.integers(1, 2), min_size=1, max_size=40)
@@ -153,6 +156,89 @@ class Cache(RuleBasedStateMachine):
     def teardown(self):
         if getattr(self, "folder", None) is not None:
             self.folder.cleanup()
+
+
+class Talks(RuleBasedStateMachine):
+    """Sessions are fed, write, are forked, kept, rewound, saved and loaded; each knows exactly its own text."""
+
+    talks = Bundle("talks")
+
+    def __init__(self):
+        super().__init__()
+        self.llm = LLM.from_runner(Remembering(VOCAB))
+        self.folder = tempfile.TemporaryDirectory()
+        self.file = Path(self.folder.name) / "talk.state"
+
+    def teardown(self):
+        self.folder.cleanup()
+
+    def talk(self, session, told, kept=()):
+        talk = SimpleNamespace(session=session, told=list(told), kept=dict(kept))
+        self.check(talk)
+        return talk
+
+    @staticmethod
+    def check(talk):
+        at = talk.session._shown()
+        assert [*at.state.tokens, *at.unread] == talk.told
+        assert list(at.recent) == talk.told[-len(at.recent) :] if at.recent else True
+        assert talk.session.kept == sorted(talk.kept)
+
+    @rule(target=talks, prompt=PROMPT)
+    def begin(self, prompt):
+        session = self.llm.session()
+        session.feed(prompt)
+        return self.talk(session, prompt)
+
+    @rule(talk=talks, more=PROMPT)
+    def feed(self, talk, more):
+        talk.session.feed(more)
+        talk.told += more
+        assert talk.session.tokens_seen == len(talk.told)
+        self.check(talk)
+
+    @rule(talk=talks, most=st.integers(0, 8), left=st.integers(0, 8), seed=st.integers(0, 2), guess=st.integers(0, 3))
+    def write(self, talk, most, left, seed, guess):
+        """A stream that is read to its end, or left open in the middle."""
+        fresh = self.llm.session()
+        fresh.feed(talk.told)
+        expected = list(fresh.stream_tokens(most, seed=seed, top_p=1.0))
+        stream = talk.session.stream_tokens(most, seed=seed, top_p=1.0, speculate=guess)
+        got = [token for token, _ in zip(stream, range(left))]
+        assert got == expected[:left]
+        talk.told += stream.tokens
+        self.check(talk)
+
+    @rule(target=talks, talk=talks)
+    def fork(self, talk):
+        return self.talk(talk.session.fork(), talk.told, talk.kept)
+
+    @rule(talk=talks)
+    def keep(self, talk):
+        assert talk.session.keep() == len(talk.told)
+        talk.kept[len(talk.told)] = list(talk.told)
+        self.check(talk)
+
+    @rule(talk=talks, which=st.integers(0, 5))
+    def rewind(self, talk, which):
+        places = sorted(talk.kept)
+        if which >= len(places):
+            with pytest.raises(BadState, match="no snapshot after 12345 tokens is kept"):
+                talk.session.rewind(12345)
+            return
+        talk.session.rewind(places[which])
+        talk.told = list(talk.kept[places[which]])
+        talk.kept = {place: told for place, told in talk.kept.items() if place <= places[which]}
+        self.check(talk)
+
+    @rule(target=talks, talk=talks)
+    def save_and_load(self, talk):
+        talk.session.save(self.file)
+        return self.talk(self.llm.session(self.file), talk.told)
+
+
+def test_any_order_of_uses_of_sessions_leaves_each_its_own_text():
+    run_state_machine_as_test(Talks, settings=SETTINGS)
 
 
 def test_any_order_of_requests_gives_the_texts_that_each_has_alone():
