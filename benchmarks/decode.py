@@ -54,6 +54,12 @@ def model_or_random(path: str | None, size: str | None) -> Iterator[str | Path |
         yield path if size is None else random_file(Path(folder), rwkv7.PRESETS[size], np.dtype(ml_dtypes.bfloat16))
 
 
+def model_name(path: str | None, size: str | None, quantize: str | None = None) -> str:
+    """What tables call the model of `model_or_random`: a file's name, the size of random weights, or embedded."""
+    name = Path(path).name if path else f"random {size}" if size else "embedded"
+    return f"{name} {quantize}" if quantize else name
+
+
 def bytes_of_a_step(config: rwkv7.RWKV7Config, itemsize: int, active: float) -> int:
     """Bytes of weights and state that a token at batch 1 moves, with this share of the channel mix active."""
     total = 0

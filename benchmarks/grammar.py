@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 import numpy as np
-from decode import model_or_random
+from decode import model_name, model_or_random
 from support import Machine, interleaved, report
 
 from rookery import LLM
@@ -99,7 +99,13 @@ def main() -> None:
     given = parser.parse_args()
     with model_or_random(given.model, given.random) as path:
         llm = LLM(path, threads=given.threads)
-        report("grammar", measure(given, llm), Machine(threads=llm.runner.threads), save=given.save)
+        model = {"model": model_name(given.model, given.random)}
+        report(
+            "grammar",
+            [model | row for row in measure(given, llm)],
+            Machine(threads=llm.runner.threads),
+            save=given.save,
+        )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from decode import model_or_random
+from decode import model_name, model_or_random
 from support import Machine, Seconds, interleaved, report
 
 from rookery import LLM
@@ -162,6 +162,8 @@ def main() -> None:
         rows = (measure_sessions if given.what == "sessions" else measure_contexts)(given, llm)
     if given.plot:
         plot(rows, given.plot)
+    model = {"model": model_name(given.model, given.random, given.quantize)}
+    rows = [model | row for row in rows]
     report(f"serving_{given.what}", rows, Machine(threads=llm.runner.threads), save=given.save)
 
 

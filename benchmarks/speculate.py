@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from decode import model_or_random
+from decode import model_name, model_or_random
 from support import Machine, interleaved, report
 
 from rookery import LLM
@@ -114,6 +114,8 @@ def main() -> None:
         llm = LLM(path, quantize=given.quantize, threads=given.threads)
         rows = [row for kind in PROMPTS for t in given.temperature for row in measure(given, llm, kind, t)]
         rows += costs(llm, given.rounds)
+    model = {"model": model_name(given.model, given.random, given.quantize)}
+    rows = [model | row for row in rows]
     report("speculate", rows, Machine(threads=llm.runner.threads), save=given.save)
 
 
