@@ -104,21 +104,26 @@ bool pairs_agree(const ProductKernels& kernels) {
   return true;
 }
 
+Amx judge_amx(bool processor_has, bool kernel_keeps, const ProductKernels& kernels) {
+  Amx result;
+  if (!processor_has) return result;
+  if (!kernel_keeps) {
+    result.note = "the processor has AMX, but the operating system does not let this process use it";
+    return result;
+  }
+  result.multiplies_bytes = bytes_agree(kernels);
+  result.multiplies_pairs = result.multiplies_bytes && pairs_agree(kernels);
+  if (!result.multiplies_bytes)
+    result.note = "the processor has AMX, but its sums of whole numbers are not those of this library's check: not used";
+  else if (!result.multiplies_pairs)
+    result.note = "the processor's AMX adds up bfloat16 numbers in another order than documented: used for 8 and 4 bits only";
+  return result;
+}
+
 const Amx& usable_amx() {
   static const Amx found = [] {
-    Amx result;
-    if (!processor_has_tiles()) return result;
-    if (!kernel_keeps_tiles()) {
-      result.note = "the processor has AMX, but the operating system does not let this process use it";
-      return result;
-    }
-    result.multiplies_bytes = bytes_agree(amx::product);
-    result.multiplies_pairs = result.multiplies_bytes && pairs_agree(amx::product);
-    if (!result.multiplies_bytes)
-      result.note = "the processor has AMX, but its sums of whole numbers are not those of this library's check: not used";
-    else if (!result.multiplies_pairs)
-      result.note = "the processor's AMX adds up bfloat16 numbers in another order than documented: used for 8 and 4 bits only";
-    return result;
+    const bool has = processor_has_tiles();
+    return judge_amx(has, has && kernel_keeps_tiles(), amx::product);
   }();
   return found;
 }

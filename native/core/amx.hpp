@@ -19,6 +19,8 @@ struct ProductKernels;
 // tiles.
 bool bytes_agree(const ProductKernels& kernels);
 bool pairs_agree(const ProductKernels& kernels);
+// What may be used of a processor with these kernels.
+Amx judge_amx(bool processor_has, bool kernel_keeps, const ProductKernels& kernels);
 #endif
 
 }  // namespace rookery

@@ -120,6 +120,16 @@ TEST(the_check_of_tiles_finds_other_sums) {
   ProductKernels other = amx_imitated::product;
   other.run[0][static_cast<int>(Format::int8)] = other.run[0][static_cast<int>(Format::q8_0)];
   expect(!bytes_agree(other), "other groups");
+
+  const auto judged = [](const Amx& amx, bool bytes, bool pairs, const char* note) {
+    expect(amx.multiplies_bytes == bytes && amx.multiplies_pairs == pairs, note, amx.note);
+    expect(amx.note.empty() ? !*note : *note && amx.note.find(note) != std::string::npos, note, amx.note);
+  };
+  judged(judge_amx(false, false, other), false, false, "");
+  judged(judge_amx(true, false, amx_imitated::product), false, false, "the operating system does not let this process");
+  judged(judge_amx(true, true, amx_imitated::product), true, true, "");
+  judged(judge_amx(true, true, avx512::product), true, false, "in another order than documented: used for 8 and 4 bits only");
+  judged(judge_amx(true, true, other), false, false, "not those of this library's check: not used");
 }
 
 }  // namespace
