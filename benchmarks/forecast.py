@@ -4,7 +4,7 @@
 
 The models are those of `rookery reproduce rimer` (two blocks of width 64, patches of 24 points, 139,000 parameters). A
 training step, forward and backward, reads `--patches` patches in all, as many series as that makes of 14, 28, ... of
-them. The streams have read up to `--points` values; then one more patch at a time is pushed into each in turn. `--save`
+them. Times are the shortest of the rounds, ratios the medians. The streams have read up to `--points` values; then one more patch at a time is pushed into each in turn. `--save`
 writes forecast.json and .png to benchmarks/results.
 """
 
@@ -66,7 +66,7 @@ def step(length: int, series: int, rounds: int) -> dict[str, Any]:
         "measured": "training step",
         "patches of a series": length,
         "series": series,
-        "ms": {name: 1000 * seconds.median(name) for name in calls},
+        "ms": {name: 1000 * seconds.best(name) for name in calls},
         "how many times faster": seconds.ratio("transformer", "rimer"),
         "from, to": list(seconds.spread("transformer", "rimer")),
     }
@@ -84,7 +84,7 @@ def streaming(lengths: list[int], pushes: int) -> list[dict[str, Any]]:
             "measured": "stream",
             "points of history": length,
             "bytes": {name: sizes[name, length] for name in models},
-            "ms": {name: 1000 * seconds.median((name, length)) for name in models},
+            "ms": {name: 1000 * seconds.best((name, length)) for name in models},
             "how many times faster": seconds.ratio(("transformer", length), ("rimer", length)),
         }
         for length in lengths

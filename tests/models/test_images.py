@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from support.files import assert_same_weights, tiny
+from support.files import assert_comes_back, assert_refused_by_name, assert_same_weights, assert_shapes_on_meta, tiny
 from support.language import assert_close, randomised
 
 import rookery
@@ -58,32 +58,19 @@ def test_an_image_alone_is_the_image_in_the_batch(name):
 @torch.no_grad()
 def test_a_saved_model_comes_back_the_same(name, tmp_path):
     model = tiny(name)
-    save_model(model, tmp_path / "m.safetensors")
-    back = rookery.load(tmp_path / "m.safetensors")
-    assert back.config == model.config
-    assert_same_weights(back, model.state_dict())
-    assert torch.equal(back.eval()(images(8, 8).float()), model.eval()(images(8, 8).float()))
-    assert back.fingerprint() == open_checkpoint(tmp_path / "m.safetensors").fingerprint()
+    back = assert_comes_back(model, tmp_path / "m.safetensors")
+    assert torch.equal(back(images(8, 8).float()), model.eval()(images(8, 8).float()))
 
 
 @every
 def test_weights_missing_or_unknown_are_refused_by_name(name, tmp_path):
     weights = tiny(name).state_dict()
-    torch.save(weights | {"layers.0.att.extra": torch.ones(3)}, tmp_path / "more.pth")
-    del weights["layers.1.ffn.value.weight"]
-    torch.save(weights, tmp_path / "less.pth")
-    with pytest.raises(BadCheckpoint, match=r"1 unknown: 'layers\.0\.att\.extra'"):
-        rookery.load(tmp_path / "more.pth")
-    with pytest.raises(BadCheckpoint, match=r"1 missing: 'layers\.1\.ffn\.value\.weight'"):
-        rookery.load(tmp_path / "less.pth")
+    assert_refused_by_name(weights, tmp_path, unknown="layers.0.att.extra", missing="layers.1.ffn.value.weight")
 
 
 @every
 def test_a_model_on_the_meta_device_has_the_shapes_that_its_family_lists(name):
-    model = create_model(name, device="meta")
-    shapes = {key: tuple(weight.shape) for key, weight in model.state_dict().items()}
-    assert shapes == families()[model.family].tensor_shapes(model.config)
-    assert all(parameter.is_meta for parameter in model.parameters())
+    assert_shapes_on_meta(name)
 
 
 @every

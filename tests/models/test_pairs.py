@@ -5,14 +5,13 @@ import re
 
 import pytest
 import torch
-from support.files import assert_same_weights, tiny
+from support.files import assert_comes_back, assert_refused_by_name, assert_same_weights, assert_shapes_on_meta, tiny
 from support.language import assert_close, randomised
 
 import rookery
-from rookery.checkpoints import open_checkpoint
 from rookery.errors import BadCheckpoint
 from rookery.families.clip import FAMILY, config_from_shapes, tensor_shapes
-from rookery.models import create_model, save_model
+from rookery.models import create_model
 from rookery.registry import families, list_models
 
 NAMES = [name for f in families().values() if f.kind == "pair" for name in list_models(f"{f.name}*-test")]
@@ -69,30 +68,22 @@ def test_a_pair_alone_is_the_pair_in_the_batch(name):
 @torch.no_grad()
 def test_a_saved_model_comes_back_the_same(name, tmp_path):
     model = tiny(name)
-    save_model(model, tmp_path / "m.safetensors")
-    back = rookery.load(tmp_path / "m.safetensors")
-    assert back.config == model.config
-    assert_same_weights(back, model.state_dict())
-    assert back.fingerprint() == open_checkpoint(tmp_path / "m.safetensors").fingerprint()
+    back = assert_comes_back(model, tmp_path / "m.safetensors")
+    for again, first in zip(back(images(8, 8).float(), texts()), model.eval()(images(8, 8).float(), texts())):
+        assert torch.equal(again, first)
 
 
 @every
 def test_weights_missing_or_unknown_are_refused_by_name(name, tmp_path):
     weights = tiny(name).state_dict()
-    torch.save(weights | {"text_model.extra": torch.ones(3)}, tmp_path / "more.pth")
-    del weights["image_model.layers.1.ffn.value.weight"]
-    torch.save(weights, tmp_path / "less.pth")
-    with pytest.raises(BadCheckpoint, match=r"1 unknown: 'text_model\.extra'"):
-        rookery.load(tmp_path / "more.pth")
-    with pytest.raises(BadCheckpoint, match=r"1 missing: 'image_model\.layers\.1\.ffn\.value\.weight'"):
-        rookery.load(tmp_path / "less.pth")
+    assert_refused_by_name(
+        weights, tmp_path, unknown="text_model.extra", missing="image_model.layers.1.ffn.value.weight"
+    )
 
 
 @every
 def test_a_model_on_the_meta_device_has_the_shapes_that_its_family_lists(name):
-    model = create_model(name, device="meta")
-    shapes = {key: tuple(weight.shape) for key, weight in model.state_dict().items()}
-    assert shapes == families()[model.family].tensor_shapes(model.config)
+    assert_shapes_on_meta(name)
 
 
 @every

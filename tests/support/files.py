@@ -1,15 +1,20 @@
 """Writers of model files for tests: small, and able to lie where a test needs a lie."""
 
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
+from rookery.checkpoints import open_checkpoint
+from rookery.errors import BadCheckpoint
 from rookery.families.rwkv7 import AT
-from rookery.models import create_model
+from rookery.models import create_model, load, save_model
+from rookery.registry import families
 
 GGMF_KINDS = {"float32": 0, "float16": 1}
 
@@ -29,6 +34,33 @@ def assert_same_weights(model: torch.nn.Module, expected: Mapping[str, torch.Ten
     assert list(got) == list(expected)
     for name, weight in expected.items():
         assert torch.equal(got[name], weight), name
+
+
+def assert_comes_back(model: torch.nn.Module, path: Path) -> torch.nn.Module:
+    """What is loaded after `model` was saved at `path`, which has the same config, weights and fingerprint."""
+    save_model(model, path)
+    back = load(path).eval()
+    assert back.config == model.config
+    assert_same_weights(back, model.state_dict())
+    assert back.fingerprint() == open_checkpoint(path).fingerprint()
+    return back
+
+
+def assert_refused_by_name(weights: Mapping[str, torch.Tensor], folder: Path, *, unknown: str, missing: str) -> None:
+    """Files of all `weights` and a tensor `unknown`, and of all but `missing`, are refused with these names."""
+    torch.save({**weights, unknown: torch.ones(3)}, folder / "more.pth")
+    torch.save({name: weight for name, weight in weights.items() if name != missing}, folder / "less.pth")
+    for file, reason in (("more.pth", f"1 unknown: '{unknown}'"), ("less.pth", f"1 missing: '{missing}'")):
+        with pytest.raises(BadCheckpoint, match=re.escape(reason)):
+            load(folder / file)
+
+
+def assert_shapes_on_meta(name: str) -> None:
+    """A model on the meta device allocates nothing and has the shapes that its family lists."""
+    model = create_model(name, device="meta")
+    shapes = {key: tuple(weight.shape) for key, weight in model.state_dict().items()}
+    assert shapes == families()[model.family].tensor_shapes(model.config)
+    assert all(parameter.is_meta for parameter in model.parameters())
 
 
 def write_ggmf(path: Path, tensors: Mapping[str, np.ndarray | tuple[int, tuple[int, ...], bytes]], version: int = 101):

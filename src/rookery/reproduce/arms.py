@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -165,13 +165,23 @@ def fit(
     return curve
 
 
+class Named(Protocol):
+    """What `searched` asks of a contender."""
+
+    @property
+    def name(self) -> str: ...
+
+
+Contender = TypeVar("Contender", bound=Named)
+
+
 def searched(
     work: Work,
-    arm: Arm,
+    arm: Contender,
     *,
     rates: Sequence[float],
     seeds: Sequence[int],
-    train: Callable[[Arm, int, float], dict[str, Any]],
+    train: Callable[[Contender, int, float], dict[str, Any]],
     score: Callable[[dict[str, Any]], float],
 ) -> tuple[float, list[dict[str, Any]]]:
     """The learning rate with the highest score on the first seed, and what `train(arm, seed, rate)` gives with it.

@@ -4,8 +4,9 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from rookery.data.packing import collate
 from rookery.engine.llm import EMBEDDED
 from rookery.models import load
 from rookery.nn.language_model import LanguageModel
+from rookery.reproduce.arms import searched
 from rookery.reproduce.base import Outcome, Reproduction, Work
 from rookery.reproduce.report import mean_spread
 from rookery.state import State
@@ -214,15 +216,16 @@ def experiment(work: Work) -> Outcome:
     study, contenders = Study(sizes), [arm for arm in arms() if work.scale != "quick" or arm.name in QUICK]
     work.planned = (len(contenders) + 2) * len(seeds)
 
-    def found(arm: Arm, seed: int, rate: float) -> dict[str, Any]:
-        return work.part(f"{arm.name}-{seed}-{rate:g}", lambda: tuned(study, arm, seed, rate))
+    def among(rates: Sequence[float], arm: Arm) -> tuple[float, list[dict[str, Any]]]:
+        """The rate with the lowest final loss on the first seed, and all seeds' runs with it."""
+        how = {"train": partial(tuned, study), "score": lambda run: -final(run["losses"])}
+        return searched(work, arm, rates=rates, seeds=seeds, **how)
 
-    at_equal = {arm.name: [found(arm, seed, EQUAL) for seed in seeds] for arm in contenders if arm.equal}
-    best = {
-        arm.name: searched(found, arm, seeds[0], work.size(quick=arm.rates[:1], default=arm.rates, full=arm.more_rates))
-        for arm in contenders
-    }
-    at_best = {arm.name: [found(arm, seed, best[arm.name]) for seed in seeds] for arm in contenders}
+    at_equal = {arm.name: among((EQUAL,), arm)[1] for arm in contenders if arm.equal}
+    best, at_best = {}, {}
+    for arm in contenders:
+        rates = work.size(quick=arm.rates[:1], default=arm.rates, full=arm.more_rates)
+        best[arm.name], at_best[arm.name] = among(rates, arm)
     base = load(EMBEDDED, dtype=torch.float32)
     before = {name: getattr(study, name)(base, None) for name in ("bits", "exact", "forgotten")}
     shown, findings = judge(at_best, at_equal, before)
@@ -235,11 +238,6 @@ def experiment(work: Work) -> Outcome:
         plot=lambda figure: draw(figure, at_best, at_equal),
         figure_size=(9, 4),
     )
-
-
-def searched(found: Callable[..., dict[str, Any]], arm: Arm, seed: int, rates: Sequence[float]) -> float:
-    """The rate with the lowest final loss."""
-    return min(rates, key=lambda rate: final(found(arm, seed, rate)["losses"]))
 
 
 def final(losses: list[float]) -> float:
