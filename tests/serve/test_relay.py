@@ -227,19 +227,22 @@ def test_what_no_server_can_answer_is_said_in_openais_form():
         asyncio.run(ask(half))
 
 
-def test_bodies_are_bounded_before_they_are_sent_on():
-    async def ask(*parts):
+def test_bodies_are_bounded_in_size_and_time_before_they_are_sent_on():
+    async def ask(*parts, complete=True):
         given = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
-        given.append({"type": "http.request", "body": b"", "more_body": False})
+        given.append({"type": "http.request", "body": b"", "more_body": not complete})
 
         async def receive():
-            return given.pop(0)
+            return given.pop(0) if given else await asyncio.sleep(60)
 
-        return await whole("POST", "/", b"", [(b"a", b"b")], receive, 1000)
+        scope = {"method": "POST", "path": "/", "query_string": b"", "headers": [(b"a", b"b")]}
+        return await whole(scope, receive, 1000, patience=0.05)
 
     assert asyncio.run(ask(b"12", b"34")).body == b"1234"
     with pytest.raises(ApiError, match="larger than 1000 bytes"):
         asyncio.run(ask(*[b"x" * 300] * 4))
+    with pytest.raises(ApiError, match="not complete after 0.05 s"):
+        asyncio.run(ask(b"12", complete=False))
 
 
 @pytest.mark.parametrize(

@@ -94,9 +94,7 @@ class Relayed(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            asked = await whole(
-                scope["method"], scope["path"], scope["query_string"], scope["headers"], receive, self.limit
-            )
+            asked = await whole(scope, receive, self.limit)
         except ApiError as wrong:
             await answer(wrong, send)
             return

@@ -10,13 +10,14 @@ import hashlib
 import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fastapi.sse import format_sse_event
-from starlette.types import ASGIApp, Message, Receive, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rookery.serve.guard import answer, too_large
 from rookery.serve.schema import ApiError
+from rookery.serve.wire import PATIENCE
 
 log = logging.getLogger("rookery")
 
@@ -81,18 +82,27 @@ def ranked(conversation: str, places: Iterable[str]) -> list[str]:
     return sorted(places, key=rank)
 
 
-async def whole(method: str, path: str, query: bytes, headers: Any, receive: Receive, limit: int) -> Asked | None:
-    """The request with its body, None if the client went away; ApiError 413 for more than `limit` bytes."""
+async def whole(scope: Scope, receive: Receive, limit: int, patience: float = PATIENCE) -> Asked | None:
+    """The request with its body, None if the client went away.
+
+    ApiError 413 for more than `limit` bytes, 408 for a client that takes more than `patience` seconds to send them.
+    """
     body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        body += message.get("body", b"")
-        if len(body) > limit:
-            raise too_large(limit)
-        if not message.get("more_body"):
-            return Asked(method, path, query, [(bytes(name), bytes(value)) for name, value in headers], bytes(body))
+    try:
+        async with asyncio.timeout(patience):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                body += message.get("body", b"")
+                if len(body) > limit:
+                    raise too_large(limit)
+                if not message.get("more_body"):
+                    break
+    except TimeoutError:
+        raise ApiError(408, f"the request was not complete after {patience:g} s; send it at once") from None
+    headers = [(bytes(name), bytes(value)) for name, value in scope["headers"]]
+    return Asked(scope["method"], scope["path"], scope["query_string"], headers, bytes(body))
 
 
 async def answered(app: ASGIApp, asked: Asked) -> AsyncGenerator[list[Message], None]:
