@@ -31,7 +31,7 @@ def server(tmp_path_factory):
     given = ("--ray", "--replicas", 3, "--threads", 1, "--template", "g1", "--port", port, "--state-folder", folder)
     command = [sys.executable, "-m", "rookery", "serve", *map(str, given), "--drain", "20"]
     # where others work, too, Ray starts slowly
-    patient = os.environ | {"RAY_raylet_start_wait_time_s": "400", "RAY_agent_register_timeout_ms": "400000"}
+    patient = os.environ | {"RAY_raylet_start_wait_time_s": "120"}
     with open(folder / "log", "w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env=patient)
     try:
