@@ -117,3 +117,21 @@ def test_what_is_found_is_the_callers_own(files):
     again.feed([9])
     other: Position = cache.find(PROMPT).position
     assert (other.state.numbers == before.numbers).all()
+
+
+def test_an_exact_cache_leaves_rounded_files_alone(files, tmp_path):
+    llm = LLM(files / "rwkv7.safetensors", threads=1)
+    for dtype in STEPS:
+        cache = StateCache(folder=tmp_path, dtype=dtype)
+        read_prompt(llm, PROMPT, cache)
+        cache.close()
+    exact = StateCache(folder=tmp_path)
+    exact.bind(llm.runner)
+    assert exact.find(PROMPT).length == 0
+    read_prompt(llm, PROMPT, exact)
+    exact.close()
+    assert len([*tmp_path.iterdir()]) == 2
+    again = StateCache(folder=tmp_path, dtype="float16")
+    again.bind(llm.runner)
+    assert again.find(PROMPT).length == len(PROMPT)
+    assert again.disk_nbytes in {file.stat().st_size for file in tmp_path.iterdir()}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from rookery.engine.half_state import HalfState, check_dtype, halved
+from rookery.engine.half_state import HALVES, HalfState, check_dtype, halved
 from rookery.engine.position import Position, read_position, write_position
 from rookery.engine.session import Session
 from rookery.errors import BadState
@@ -77,7 +77,8 @@ class StateCache:
     forgotten; files of other models are left alone. `close` writes what is only in memory.
 
     With `dtype` "bfloat16" or "float16" states are rounded to that and take half the bytes, in memory and on disk. A
-    text that goes on from one may then differ from the text without a cache; in float32 nothing does.
+    text that goes on from one may then differ from the text without a cache; in float32 nothing does, and files of
+    rounded states are left alone.
     """
 
     def __init__(
@@ -240,7 +241,8 @@ class StateCache:
         if node.file is not None or self._runner is None or self.folder is None:
             return
         prefix = node.prefix()
-        file = self.folder / f"{hashlib.sha256(prefix.tobytes()).hexdigest()[:32]}{SUFFIX}"
+        kind = "" if self.dtype == "float32" else f".{self.dtype}"
+        file = self.folder / f"{hashlib.sha256(prefix.tobytes()).hexdigest()[:32]}{kind}{SUFFIX}"
         try:
             write_position(file, node.kept, self._runner, {PREFIX: prefix})
         except OSError as full:  # a text must not fail because a snapshot could not be kept
@@ -287,6 +289,8 @@ class StateCache:
 
         model = self._runner.fingerprint()
         for file in sorted(self.folder.glob(f"*{SUFFIX}"), key=lambda file: file.stat().st_mtime):
+            if self.dtype == "float32" and file.stem.endswith(tuple(f".{half}" for half in HALVES)):
+                continue  # an exact cache knows nothing that was rounded
             try:
                 with safe_open(file, framework="numpy") as opened:
                     if (opened.metadata() or {}).get("model") == model:
@@ -296,7 +300,9 @@ class StateCache:
             except SafetensorError as damage:
                 log.warning("%s is no state file and is left alone: %s", file, damage)
                 continue
-            self._add_file(self._insert(prefix.astype(np.int32)), file)
+            node = self._insert(prefix.astype(np.int32))
+            if node.file is None:  # else the same place in another type
+                self._add_file(node, file)
 
 
 def common(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> int:
