@@ -57,7 +57,7 @@ test-arm: $(VENV)/.built ## the same tests for 64-bit ARM, in an emulator (Debia
 	$(BIN)/cmake --build build/arm
 	qemu-aarch64 -cpu max build/arm/native_tests
 
-# make bench-inference LLAMA_BIN=/path/to/llama.cpp/build/bin BENCH="--rwkv --rounds 5" compares with others
+# make bench-inference LLAMA_BIN=/path/to/llama.cpp/build/bin BENCH="--rounds 3" compares with others
 bench-inference: $(VENV)/.built ## decode, prefill, batches, start, memory; LLAMA_BIN=DIR compares with llama.cpp
 	$(BIN)/python benchmarks/inference.py --save $(if $(LLAMA_BIN),--llama-bin $(LLAMA_BIN)) $(BENCH)
 

@@ -1,12 +1,15 @@
-"""Decode, prefill, batches, start and memory of rookery beside llama.cpp and the `rwkv` package, in one run.
+"""Decode, prefill, batches, start and memory of rookery beside llama.cpp, the `rwkv` package and fla, in one run.
 
-    python benchmarks/inference.py [--llama-bin DIR] [--rwkv] [--models 0.1b 0.4b] [--threads 1 2] [--formats 16 8 4]
+    python benchmarks/inference.py [--llama-bin DIR] [--models 0.1b 0.4b 1.5b:8,4] [--threads 1 2] [--formats 16 8 4]
                                    [--rounds 5] [--work DIR] [--save]
+
+`1.5b:8,4` measures a model in these formats alone.
 
 RWKV-7 with random weights at the published shapes, each in 16 bits (bfloat16), 8 (int8; Q8_0) and 4 (int4 with an
 8-bit head; Q4_0 as `llama-quantize` makes it, with a Q6_K head). Every contender is a process of its own, pinned to
 its cores; they take turns, and the ratios are medians over the rounds. DIR of --llama-bin has llama-bench,
-llama-batched-bench and llama-quantize; --rwkv measures the installed `rwkv` package, 16 bits alone.
+llama-batched-bench and llama-quantize; the `rwkv` package and fla's model for transformers are measured in 16 bits
+where they are installed and run, and a line says why where they do not.
 The read bandwidth is measured by rookery's process between its own steps; "roofline" is the bytes that a step moves by
 its time and that bandwidth. --save writes benchmarks/results/inference.json, .md and, with matplotlib, .png.
 """
@@ -92,12 +95,15 @@ class Files:
     def pth(self, model: str) -> Path:
         return self._converted(self.rookery(model, "16"), f"rwkv7-{model}.pth", None)
 
-    def _converted(self, source: Path, name: str, dtype: str | None) -> Path:
+    def fla(self, model: str) -> Path:
+        return self._converted(self.rookery(model, "16"), f"{model}-fla", None, to="fla")
+
+    def _converted(self, source: Path, name: str, dtype: str | None, to: str | None = None) -> Path:
         from rookery.checkpoints.convert import convert
 
         path = self.folder / name
         if not path.exists():
-            convert(source, path, dtype=dtype)
+            convert(source, path, dtype=dtype, to=to)
         return path
 
 
@@ -244,9 +250,50 @@ print(json.dumps(found))
 
 
 def rwkv_package(files: Files, setup: Setup) -> dict[str, float]:
-    path = str(files.pth(setup.model)).removesuffix(".pth")
+    return in_python(RWKV, str(files.pth(setup.model)).removesuffix(".pth"), setup)
+
+
+FLA = """
+import json, sys, time
+import torch
+from fla.models.rwkv7 import RWKV7ForCausalLM
+path, threads, prefill, steps = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4])
+torch.set_num_threads(threads)
+model, found = RWKV7ForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval(), {}
+prompt = [(i * 7919) % 50000 + 1 for i in range(prefill[0])]
+with torch.inference_mode():
+    for _ in range(2):
+        start = time.perf_counter()
+        out = model(torch.tensor([prompt]), use_cache=True)
+        name = f"prefill {prefill[0]}"
+        found[name] = max(found.get(name, 0), prefill[0] / (time.perf_counter() - start))
+        start = time.perf_counter()
+        for _ in range(steps):
+            token = out.logits[:, -1:].argmax(-1)
+            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        found["decode 1"] = max(found.get("decode 1", 0), steps / (time.perf_counter() - start))
+print(json.dumps(found))
+"""
+
+
+def fla(files: Files, setup: Setup) -> dict[str, float]:
+    return in_python(FLA, str(files.fla(setup.model)), setup)
+
+
+def in_python(program: str, path: str, setup: Setup) -> dict[str, float]:
+    """What one of the Python contenders finds; DoesNotRun with the last line of its complaint."""
     arguments = [path, str(setup.threads), json.dumps(setup.prefill), str(max(4, setup.steps // 4))]
-    return json.loads(run([sys.executable, "-c", RWKV, *arguments], setup.threads).splitlines()[-1])
+    try:
+        return json.loads(run([sys.executable, "-c", program, *arguments], setup.threads).splitlines()[-1])
+    except SystemExit as complaint:
+        raise DoesNotRun(str(complaint).strip().splitlines()[-1]) from None
+
+
+class DoesNotRun(Exception):
+    """A contender that does not run here."""
+
+
+OTHERS: dict[str, Callable[[Files, Setup], dict[str, float]]] = {"rwkv": rwkv_package, "fla": fla}
 
 
 # ---- start to first token
@@ -290,20 +337,26 @@ def start(files: Files, model: str, bits: str, threads: int, rounds: int) -> dic
 # ---- the run and what is written
 
 
-def measure(files: Files, setups: list[Setup], rounds: int, with_rwkv: bool) -> list[dict[str, Any]]:
-    """One row for each setup and figure: medians of all contenders, and of rookery's ratios to them."""
+def measure(files: Files, setups: list[Setup], rounds: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """A row for each setup and figure, medians of all contenders and of rookery's ratios to them; contender -> why it
+    does not run.
+    """
     contenders: dict[str, Callable[[Files, Setup], dict[str, float]]] = {"rookery": rookery}
     if files.llama:
         contenders["llama.cpp"] = llama
-    if with_rwkv:
-        contenders["rwkv"] = rwkv_package
+    contenders |= OTHERS
     found: dict[tuple[int, str], list[dict[str, float]]] = {}
+    absent: dict[str, str] = {}
     for turn in range(rounds):
         for i, setup in enumerate(setups):
             for name, contender in contenders.items():
-                if name == "rwkv" and setup.bits != "16":
+                if name in absent or (name in OTHERS and setup.bits != "16"):
                     continue
-                found.setdefault((i, name), []).append(contender(files, setup))
+                try:
+                    found.setdefault((i, name), []).append(contender(files, setup))
+                except DoesNotRun as why:
+                    absent[name] = str(why)
+                    continue
                 what = f"{setup.model}, {setup.bits} bits, {setup.threads} threads, {name}"
                 print(f"round {turn + 1} of {rounds}: {what}", file=sys.stderr)
     rows = []
@@ -314,19 +367,19 @@ def measure(files: Files, setups: list[Setup], rounds: int, with_rwkv: bool) -> 
             row["rookery"] = statistics.median(turn[figure] for turn in own)
             for name in contenders:
                 theirs = found.get((i, name), [])
-                if name != "rookery" and theirs and figure in theirs[0]:
+                if name != "rookery" and len(theirs) == rounds and figure in theirs[0]:
                     ratios = [mine[figure] / other[figure] for mine, other in zip(own, theirs, strict=True)]
                     row[name] = statistics.median(turn[figure] for turn in theirs)
                     row[f"times {name}"] = statistics.median(ratios)
                     row[f"times {name}, spread"] = [min(ratios), max(ratios)]
             rows.append(row)
-    return rows
+    return rows, absent
 
 
-def markdown(rows: list[dict[str, Any]], starts: list[dict[str, Any]], machine: Machine) -> str:
+def markdown(rows: list[dict[str, Any]], starts: list[dict[str, Any]], absent: dict[str, str], machine: Machine) -> str:
     """The tables; tokens/s unless said otherwise."""
     text = [f"# Inference on {machine.device}, {machine.cores} cores ({' '.join(machine.extensions)})", ""]
-    names = [name for name in ("llama.cpp", "rwkv") if any(name in row for row in rows)]
+    names = [name for name in ("llama.cpp", *OTHERS) if any(name in row for row in rows)]
     heads = ["model", "bits", "threads", "figure", "rookery", *(h for name in names for h in (name, f"times {name}"))]
     text += [
         "Tokens a second; medians of the rounds, and medians of the ratios.",
@@ -338,8 +391,8 @@ def markdown(rows: list[dict[str, Any]], starts: list[dict[str, Any]], machine: 
         if row["figure"] in ("bytes", "read", "roofline"):
             continue
         text.append(_row([_cell(row.get(head, "")) for head in heads]))
+    text += ["", *(f"{name} does not run here: {why}\n" for name, why in absent.items())]
     text += [
-        "",
         "Bytes that a step at batch 1 moves, bandwidth measured in the same process, and the share of it in use.",
         "",
     ]
@@ -398,8 +451,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama-bin", type=Path, help="folder of llama.cpp's programs")
-    parser.add_argument("--rwkv", action="store_true", help="measure the `rwkv` package, too")
-    parser.add_argument("--models", nargs="+", default=["0.1b", "0.4b"], choices=[*rwkv7.PRESETS])
+    parser.add_argument("--models", nargs="+", default=["0.1b", "0.4b"], help=f"of {', '.join(rwkv7.PRESETS)}")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--formats", nargs="+", default=["16", "8", "4"], choices=[*QUANTIZE])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
@@ -418,25 +470,35 @@ def main() -> None:
         work = given.work or Path(folder)
         work.mkdir(parents=True, exist_ok=True)
         files = Files(work, given.llama_bin)
+        formats = {
+            model: some.split(",") if some else given.formats
+            for model, _, some in (word.partition(":") for word in given.models)
+        }
         setups = [
             Setup(model, bits, threads, given.batches, given.prefill, given.steps)
-            for model in given.models
-            for bits in given.formats
+            for model, some in formats.items()
+            for bits in some
             for threads in given.threads
         ]
-        rows = measure(files, setups, given.rounds, given.rwkv)
+        rows, absent = measure(files, setups, given.rounds)
         starts = [
             {"model": model, "bits": bits, "threads": max(given.threads), "contender": name, **figures}
-            for model in given.models
-            for bits in given.formats
+            for model, some in formats.items()
+            for bits in some
             for name, figures in start(files, model, bits, max(given.threads), given.rounds).items()
         ]
     machine = Machine(threads=max(given.threads))
-    text = markdown(rows, starts, machine)
+    text = markdown(rows, starts, absent, machine)
     print(text)
     if given.save:
         RESULTS.mkdir(exist_ok=True)
-        content = {"benchmark": "inference", "machine": asdict(machine), "rows": rows, "start": starts}
+        content = {
+            "benchmark": "inference",
+            "machine": asdict(machine),
+            "rows": rows,
+            "absent": absent,
+            "start": starts,
+        }
         (RESULTS / "inference.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         (RESULTS / "inference.md").write_text(text, encoding="utf-8")
         plot(rows, RESULTS / "inference.png")

@@ -22,7 +22,7 @@ from rookery.checkpoints.state_file import fingerprint
 from rookery.checkpoints.tuned_state import states_among
 from rookery.errors import BadCheckpoint, UnknownName, unknown
 from rookery.families.base import Family
-from rookery.registry import families, recognise
+from rookery.registry import families_in_order, recognise
 
 log = logging.getLogger("rookery")
 
@@ -178,10 +178,10 @@ def _named_officially(source: Source) -> tuple[str, dict[str, Stored], Family]:
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
     only = ONLY_LAYOUT.get(source.format)
     if only is None:
-        for family in families().values():
+        for family in families_in_order():
             if family.recognise(shapes):
                 return "official", dict(source.tensors), family
-    for family in families().values():
+    for family in families_in_order():
         for name, layout in family.layouts.items():
             if name != only and (only is not None or name in ONLY_LAYOUT.values()):
                 continue

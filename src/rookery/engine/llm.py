@@ -17,7 +17,7 @@ from rookery.checkpoints import hub
 from rookery.checkpoints.pack import FORMATS
 from rookery.engine.session import CHUNK, END_OF_TEXT, Session
 from rookery.errors import BackendUnavailable, BadCheckpoint, BadTokenizer, MissingDependency, UnknownName
-from rookery.registry import families
+from rookery.registry import families_in_order
 
 if TYPE_CHECKING:
     from rookery.checkpoints.checkpoint import Checkpoint
@@ -125,7 +125,7 @@ class LLM:
     @cached_property
     def end_of_text(self) -> int:
         """The token that ends a text: 0 in all RWKV vocabularies, the tokenizer's own for converted transformers."""
-        family = families().get(self.runner.family)
+        family = next((family for family in families_in_order() if family.name == self.runner.family), None)
         if family is None or family.fingerprinted[0] != "model.embed_tokens.weight":
             return END_OF_TEXT
         try:
