@@ -51,6 +51,7 @@ def start(
 async def finished(request: Request, running: Sequence[Running]) -> list[str]:
     """The texts of all of them; when the client goes away, they are ended at once."""
     texts = asyncio.gather(*(one.text() for one in running))
+    texts.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to ask for it
     watch = asyncio.ensure_future(gone(request))
     try:
         await asyncio.wait({texts, watch}, return_when=asyncio.FIRST_COMPLETED)
