@@ -52,6 +52,12 @@ class Kept:
     """Whose key it was made with: who has an id may go on from it, but lists show everybody their own."""
     used: float = field(default_factory=time.monotonic)
 
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens of its text. The last one may be unread: it is read where somebody goes on, in the queue."""
+        at = self.session._at
+        return at.state.tokens_seen + len(at.unread)
+
     def about(self, expiry: float) -> dict[str, Any]:
         """What clients are told."""
         left = expiry - (time.monotonic() - self.used)
@@ -59,7 +65,7 @@ class Kept:
             "id": self.id,
             "object": "state",
             "parent": self.parent,
-            "tokens_seen": self.session.tokens_seen,
+            "tokens_seen": self.tokens_seen,
             "bytes": self.session.nbytes,
             "text": self.text,
             "created": int(self.created),
@@ -133,7 +139,7 @@ class StateStore:
     def ancestor(self, id: str, tokens_seen: int) -> Kept:
         """The nearest ancestor, or the state itself, that has read at most so many tokens."""
         kept = self.get(id)
-        while kept.session.tokens_seen > tokens_seen:
+        while kept.tokens_seen > tokens_seen:
             if kept.parent is None:
                 raise ApiError(404, f"no kept state before {id!r} has read {tokens_seen} tokens or fewer")
             kept = self.get(kept.parent)
