@@ -100,18 +100,6 @@ def _backward(
     weight: float,
     l2wrap: float,
 ) -> Tensor:
-    def read(piece: Piece, state: State | None) -> tuple[Tensor, State]:
-        return model.features(piece.inputs, state, piece.cu_seqlens)
-
-    def loss(features: Tensor, piece: Piece) -> Tensor:
-        features, wanted = features.flatten(0, 1), piece.targets.flatten()
-        if piece.cu_seqlens is not None:
-            learned = wanted != IGNORED
-            features, wanted = features[learned], wanted[learned]
-        if not piece.share:  # nothing is learned in it, but what comes later learns from what was read
-            return features.sum() * 0
-        return linear_cross_entropy(features=features, weight=model.head.weight, targets=wanted, l2wrap=l2wrap)
-
     def begin() -> State | None:
         return start and start(len(pieces[0].cu_seqlens) - 1)
 
@@ -120,35 +108,50 @@ def _backward(
         state = begin()
         for piece in pieces:
             with torch.set_grad_enabled(bool(piece.share)):
-                features, state = read(piece, _going_on(state, piece))
-                found = loss(features, piece)
+                features, state = model.features(piece.inputs, _going_on(state, piece), piece.cu_seqlens)
+                found = _loss(model, features, piece, l2wrap)
             if found.requires_grad:  # a start state learns from first pieces alone
                 (found * (piece.share * weight)).backward()
             total += found.detach() * piece.share
             state = state.detach()
         return total
 
-    starts: list[State | None] = [None]
-    with torch.no_grad():
-        state = begin()
-        for piece, following in itertools.pairwise(pieces):
-            state = _going_on(read(piece, state)[1], following)
-            starts.append(state)
+    starts = _starts(model, pieces, begin())
     after: dict[str, Tensor] = {}
     for index, piece in reversed(list(enumerate(pieces))):
         state = starts[index].map(_leaf) if index else begin()
-        features, end = read(piece, state)
-        found = loss(features, piece)
+        features, end = model.features(piece.inputs, state, piece.cu_seqlens)
+        found = _loss(model, features, piece, l2wrap)
         total += found.detach() * piece.share
         if after:
             end = _going_on(end, pieces[index + 1])
         ends = {name: t for name, t in end.tensors().items() if name in after and t.requires_grad}
         gradients = [found.new_tensor(piece.share * weight), *(after[n] for n in ends)]
-        if found.requires_grad:
-            torch.autograd.backward([found, *ends.values()], gradients)
+        torch.autograd.backward([found, *ends.values()], gradients)
         if index:
             after = {name: t.grad for name, t in state.tensors().items() if t.grad is not None}
     return total
+
+
+def _loss(model: LanguageModel, features: Tensor, piece: Piece, l2wrap: float) -> Tensor:
+    """Mean over what is learned in the piece."""
+    features, wanted = features.flatten(0, 1), piece.targets.flatten()
+    if not piece.share:  # nothing, but what comes later may learn from what was read
+        return features.sum() * 0
+    if piece.cu_seqlens is not None:
+        learned = wanted != IGNORED
+        features, wanted = features[learned], wanted[learned]
+    return linear_cross_entropy(features=features, weight=model.head.weight, targets=wanted, l2wrap=l2wrap)
+
+
+@torch.no_grad()
+def _starts(model: LanguageModel, pieces: list[Piece], state: State | None) -> list[State | None]:
+    """The state that each piece begins with; of the first one, which is given, None."""
+    starts: list[State | None] = [None]
+    for piece, following in itertools.pairwise(pieces):
+        state = _going_on(model.features(piece.inputs, state, piece.cu_seqlens)[1], following)
+        starts.append(state)
+    return starts
 
 
 def _going_on(state: State | None, piece: Piece) -> State | None:

@@ -72,7 +72,7 @@ class Run:
     device: torch.device
     place: Place
     is_cut: bool = False
-    """Whether each process holds a piece of the weights; else each that there is holds all of them."""
+    """Whether each process holds a piece of the weights; else it holds all of them."""
     step: int = 0
     loss: float = math.nan
     tokens: int = 0

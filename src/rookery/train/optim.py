@@ -131,7 +131,7 @@ class Optimizer:
         """Makes the gradients ready for `take`; gives their norm before clipping, on their device, unseen."""
         if self.apart:
             for parameter, master in zip(self.parameters, self.masters):
-                master.grad = parameter.grad.to(torch.float32)
+                master.grad = None if parameter.grad is None else parameter.grad.to(torch.float32)
                 parameter.grad = None
         if self._add_up:
             self._add_up([master.grad for master in self.masters if master.grad is not None])

@@ -164,7 +164,7 @@ def replicate(*modules: nn.Module) -> None:
 
     For adapters, start states and other small parts of a model that stands still: `Place.add_up` sums their gradients.
     """
-    for module in modules:
+    for module in dict.fromkeys(modules):
         for tensor in (*module.parameters(), *module.buffers()):
             dist.broadcast(tensor.detach(), 0)
 
