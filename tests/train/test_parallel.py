@@ -167,7 +167,6 @@ def test_what_learns_beside_a_model_takes_the_same_steps_on_several_processes(va
         "dpo": {"data": preferred, "learn": "dpo", "batch_size": 2, "preference": {"beta": 1.0}},
         "orpo": {"data": preferred, "learn": "orpo", "batch_size": 3},
         "full": {"data": preferred, "learn": "dpo", "adapt": {"method": "full"}},
-        "kernel": {"data": sft, "adapt": {"method": "state", "features": 32, "decorrelate": True}},
     }
     only = {**values, "steps": 4, "initial": shared["base"], "train_only": "blocks.*.att.*", "overrides": {}}
     only |= {"optim": {"eps": 1e-4}}
