@@ -4,8 +4,8 @@
 
 The models are those of `rookery reproduce rimer` (two blocks of width 64, patches of 24 points, 139,000 parameters). A
 training step, forward and backward, reads `--patches` patches in all, as many series as that makes of 14, 28, ... of
-them. Times are the shortest of the rounds, ratios the medians. The streams have read up to `--points` values; then one more patch at a time is pushed into each in turn. `--save`
-writes forecast.json and .png to benchmarks/results.
+them. The streams have read up to `--points` values; then one more patch at a time is pushed into each in turn. Times
+are the shortest of the rounds, ratios the medians. `--save` writes forecast.json and .png to benchmarks/results.
 """
 
 import argparse

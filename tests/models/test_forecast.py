@@ -4,6 +4,9 @@ import pytest
 import torch
 from support.series import randomised, some_series
 
+from rookery.adapt.config import AdaptConfig
+from rookery.adapt.peft import attach
+from rookery.adapt.quantised import quantise_base
 from rookery.checkpoints.checkpoint import open_checkpoint
 from rookery.errors import BadCheckpoint
 from rookery.families import rimer_released, timer
@@ -169,6 +172,21 @@ def test_pinball_without_levels_is_refused():
 def test_settings_that_cannot_be_are_refused(change, reason):
     with pytest.raises(ValueError, match=reason):
         create_model("rimer-test", **change)
+
+
+def test_adapters_and_a_base_in_eight_bits_apply_to_a_forecaster():
+    pytest.importorskip("peft")
+    model, series = randomised("rimer-test", dtype=torch.float32), some_series(2, 40).float()
+    want = model.forecast(series, 8)
+    attach(model, AdaptConfig(rank=2))
+    torch.testing.assert_close(model.forecast(series, 8), want)  # a fresh adapter adds nothing
+    quantise_base(model, "int8")
+    changed = (model.forecast(series, 8) - want).abs().max()
+    assert 0 < changed < 0.05 * want.std()
+    forecast_loss(model, series, 32).backward()
+    learned = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    assert learned
+    assert all(".lora_" in name for name in learned)
 
 
 def test_eight_windows_can_be_learned_by_heart():
