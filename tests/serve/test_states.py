@@ -240,9 +240,12 @@ def test_files_expire_make_room_and_are_never_reached_by_a_path(llm, tmp_path, m
     with pytest.raises(ApiError, match="no state"):
         store.get(ids[0])
     assert [file.exists() for file in files] == [False, True, True]
+    half = files[2].with_name(f".{files[2].name}.x.part")
+    half.write_bytes(b"")
+    os.utime(half, (0, 0))
     store.disk_budget = files[2].stat().st_size
     store.sweep()
-    assert [file.exists() for file in files] == [False, False, True]
+    assert [file.exists() for file in (*files, half)] == [False, False, True, False]
     (tmp_path / "secret.state").write_bytes(files[2].read_bytes())
     for id in ("../secret", "state_../../secret", "..", "state_" + "0" * 24):
         with pytest.raises(ApiError, match="no state"):
@@ -260,6 +263,15 @@ def test_an_unreadable_file_counts_as_no_state_and_stays(llm, tmp_path, caplog):
 
 
 def test_no_id_is_told_of_a_state_that_could_not_be_written(llm, tmp_path):
+    resource = pytest.importorskip("resource", reason="limits the size of files as a full disk does")
+    store, limits = StateStore(llm, 0, 60, folder=tmp_path / "kept"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(ApiError, match="could not be kept"):
+            store.keep(llm.session(), None, "")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     (tmp_path / "file").write_text("in the way")
     store = StateStore(llm, 0, 60, folder=tmp_path / "file")
     with pytest.raises(ApiError, match="could not be kept"):

@@ -45,12 +45,16 @@ def fingerprint(family: str, config: Any, embedding: np.ndarray, final_norm: np.
 
 
 def write_state(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], *, model: str) -> None:
-    """Writes a state file; `model` is the fingerprint of the model that the state belongs to."""
+    """Writes a state file; `model` is the fingerprint of the model of its owner. OSError on a full disk."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     with replacing(path) as temporary:
-        save_file(arrays, temporary, metadata={"format": FORMAT, "model": model, "sha256": _checksum(arrays)})
+        try:
+            save_file(arrays, temporary, metadata={"format": FORMAT, "model": model, "sha256": _checksum(arrays)})
+        except SafetensorError as full:
+            raise OSError(f"cannot write {os.fspath(path)!r}: {full}") from None
 
 
 def read_state(path: str | os.PathLike[str], *, model: str) -> dict[str, np.ndarray]:

@@ -230,7 +230,7 @@ class StateStore:
     def sweep(self) -> None:
         """Removes files that have expired or, the least recently used first, are too many."""
         found = []
-        for file in self.folder.glob(f"??/*{SUFFIX}"):
+        for file in self.folder.glob("??/*"):  # also what a killed server has left half written
             with contextlib.suppress(FileNotFoundError):  # another server sweeps, too
                 about = file.stat()
                 found.append((about.st_mtime, about.st_size, file))
