@@ -16,17 +16,22 @@ typedef __m512i vpairs;
 
 inline vpairs load_pairs(const std::uint16_t* p) { return _mm512_loadu_si512(p); }
 
+inline void store_pairs(std::uint16_t* p, vpairs v) { _mm512_storeu_si512(p, v); }
+
 // The first `count` numbers, zeros after them.
 inline vpairs load_pairs(const std::uint16_t* p, std::int64_t count) {
   return _mm512_maskz_loadu_epi16((1u << count) - 1, p);
 }
 
-// Two neighbouring numbers, the later one first, in every lane.
-inline vpairs splat_turned(const std::uint16_t* p) {
-  std::uint32_t both;
+// Two neighbouring numbers in every lane.
+inline vpairs splat_pair(const std::uint16_t* p) {
+  std::int32_t both;
   std::memcpy(&both, p, sizeof both);
-  return _mm512_set1_epi32(static_cast<int>(both >> 16 | both << 16));
+  return _mm512_set1_epi32(both);
 }
+
+// Neighbouring numbers in each other's place.
+inline vpairs turned(vpairs a) { return _mm512_maskz_rol_epi32(0xffff, a, 16); }
 
 inline vfloat add_products(vfloat sum, vpairs a, vpairs b) {
   return (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);

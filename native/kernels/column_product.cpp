@@ -2,7 +2,9 @@
 #include "kernels/column_product.hpp"
 
 #include <algorithm>
+#include <array>
 #include <type_traits>
+#include <utility>
 
 #include "core/math.hpp"
 #include "core/pairs.hpp"
@@ -22,7 +24,7 @@ using std::int64_t;
 constexpr int64_t near_sums = 4096;                // floats of sums that stay in the first-level cache
 
 constexpr int abreast = 8;                         // inputs whose columns are read at once
-constexpr int64_t block_in = 64;                   // inputs whose columns are widened at once
+constexpr int64_t block_in = 512;                  // inputs whose columns are brought into a panel at once
 constexpr int strip = lanes > 8 ? 4 : 2;           // vectors of outputs held in registers …
 constexpr int strip_tokens = lanes > 8 ? 6 : 4;    // … for so many tokens
 constexpr int narrow_vectors = lanes > 8 ? 4 : 8;  // vectors of outputs of a matrix whose sums stay in registers
@@ -227,28 +229,34 @@ void narrow(const Matrix& w, const Product& p, int64_t begin, int64_t end) {
 // How a strip of columns is multiplied: widened to float32 …
 template <class T>
 struct Widened {
-  using Panel = float;                                          // [inputs, width]
-  static constexpr int64_t step = 1, width = strip * lanes;     // inputs and floats of a row of the panel
+  using Number = float;
+  static constexpr int step = 1;  // columns that are added at a time
 
-  // Columns i … i + count − 1, outputs o … o + outputs − 1.
-  static void fill(const Matrix& w, int64_t i, int64_t count, int64_t o, int64_t outputs, float* panel) {
+  // Columns i … i + count − 1, outputs o … o + outputs − 1 into `panel` [count / step, vectors, lanes, step].
+  static void fill(const Matrix& w, int64_t i, int64_t count, int64_t o, int64_t outputs, int vectors, float* panel) {
     for (int64_t k = 0; k < count; ++k) {
       const T* column = weights<T>(w) + (i + k) * w.pitch() + o;
-      sweep(outputs, [&](int64_t j, auto part) { store(panel + k * width + j, load(column + j, part)); });
+      sweep(outputs, [&](int64_t j, auto part) { store(panel + k * vectors * lanes + j, load(column + j, part)); });
     }
   }
-  static vfloat input(const Product& p, int64_t t, int64_t i) { return splat(p.x[t * p.x_stride + i]); }
+  // Inputs i … i + count − 1 of a token, as they are multiplied; in `room` where they do not lie in that form.
+  static const float* inputs(const Product& p, int64_t t, int64_t i, int64_t, float*) {
+    return p.x + t * p.x_stride + i;
+  }
+  static int64_t stride(const Product& p) { return p.x_stride; }
   static vfloat weight(const float* panel) { return load(panel); }
+  static vfloat input(const float* x) { return splat(*x); }
   static vfloat add(vfloat sum, vfloat weight, vfloat x) { return sum + weight * x; }
 };
 
 #if defined(__AVX512BF16__)
 // … or two columns at a time, the later one first, because instructions add the second of a pair first.
 struct Pairs {
-  using Panel = std::uint16_t;  // [pairs of inputs, width]
-  static constexpr int64_t step = 2, width = 2 * strip * lanes;
+  using Number = std::uint16_t;
+  static constexpr int step = 2;
 
-  static void fill(const Matrix& w, int64_t i, int64_t count, int64_t o, int64_t outputs, std::uint16_t* panel) {
+  static void fill(
+      const Matrix& w, int64_t i, int64_t count, int64_t o, int64_t outputs, int vectors, std::uint16_t* panel) {
     for (int64_t k = 0; k < count; k += 2)
       for (int64_t j = 0; j < outputs; j += 2 * lanes) {
         const std::uint16_t* column = weights<std::uint16_t>(w) + (i + k) * w.pitch() + o + j;
@@ -257,84 +265,104 @@ struct Pairs {
           if (k + m >= count) return vpairs{};
           return some == 2 * lanes ? load_pairs(column + m * w.pitch()) : load_pairs(column + m * w.pitch(), some);
         };
-        store_interleaved(panel + k * width / 2 + 2 * j, columns(1), columns(0));
+        store_interleaved(panel + k * vectors * lanes + 2 * j, columns(1), columns(0));
       }
   }
-  static vpairs input(const Product& p, int64_t t, int64_t i) {
-    return splat_turned(p.rounded.values + t * p.rounded.stride + i);
+  static const std::uint16_t* inputs(const Product& p, int64_t t, int64_t i, int64_t count, std::uint16_t* room) {
+    for (int64_t k = 0; k < count; k += 2 * lanes)
+      store_pairs(room + k, turned(load_pairs(p.rounded.values + t * p.rounded.stride + i + k)));
+    return room;
   }
+  static int64_t stride(const Product&) { return block_in; }
   static vpairs weight(const std::uint16_t* panel) { return load_pairs(panel); }
+  static vpairs input(const std::uint16_t* x) { return splat_pair(x); }
   static vfloat add(vfloat sum, vpairs weight, vpairs x) { return add_products(sum, weight, x); }
 };
 #endif
 
-// One strip of outputs of `tokens` tokens: adds `count` inputs from `i` on.
-template <class Kind, int tokens>
-inline void tile(
-    const typename Kind::Panel* panel, const Product& p, int64_t i, int64_t count, int64_t t, float* sums) {
-  constexpr int64_t width = strip * lanes;
-  vfloat total[tokens * strip];
-  for (int n = 0; n < tokens * strip; ++n) total[n] = load(sums + t * width + n * lanes);
-  for (int64_t k = 0; k < count; k += Kind::step, panel += Kind::width) {
-    decltype(Kind::weight(panel)) weight[strip];
+// Adds a part of the inputs, `steps` steps, to the sums [tokens, vectors, lanes] of a tile. Inputs of tokens are `stride`
+// numbers apart.
+template <class Kind, int vectors, int tokens>
+void add_part(
+    const typename Kind::Number* panel, const typename Kind::Number* x, int64_t stride, int64_t steps, float* sums) {
+  constexpr int width = lanes * Kind::step;
+  vfloat total[tokens * vectors] = {};
+  for (int64_t k = 0; k < steps; ++k, panel += vectors * width, x += Kind::step) {
+    decltype(Kind::weight(panel)) weight[vectors];
 #pragma GCC unroll 4
-    for (int n = 0; n < strip; ++n) weight[n] = Kind::weight(panel + n * Kind::width / strip);
+    for (int n = 0; n < vectors; ++n) weight[n] = Kind::weight(panel + n * width);
 #pragma GCC unroll 6
     for (int m = 0; m < tokens; ++m) {
-      const auto xk = Kind::input(p, t + m, i + k);
+      const auto xk = Kind::input(x + m * stride);
 #pragma GCC unroll 4
-      for (int n = 0; n < strip; ++n) total[m * strip + n] = Kind::add(total[m * strip + n], weight[n], xk);
+      for (int n = 0; n < vectors; ++n) total[m * vectors + n] = Kind::add(total[m * vectors + n], weight[n], xk);
     }
   }
-  for (int n = 0; n < tokens * strip; ++n) store(sums + t * width + n * lanes, total[n]);
+#pragma GCC unroll 24
+  for (int n = 0; n < tokens * vectors; ++n) store(sums + n * lanes, load(sums + n * lanes) + total[n]);
 }
 
-template <class Kind, int tokens = strip_tokens>
-inline void last_tile(
-    const typename Kind::Panel* panel, const Product& p, int64_t i, int64_t count, int64_t t, float* sums) {
-  if (p.tokens - t == tokens)
-    tile<Kind, tokens>(panel, p, i, count, t, sums);
-  else if constexpr (tokens > 1)
-    last_tile<Kind, tokens - 1>(panel, p, i, count, t, sums);
+template <class Kind, int... n>
+constexpr std::array<decltype(&add_part<Kind, 1, 1>), sizeof...(n)> all_tiles(std::integer_sequence<int, n...>) {
+  return {add_part<Kind, n / strip_tokens + 1, n % strip_tokens + 1>...};
+}
+
+// The parts of a block of inputs, which `panel` has, are added to `totals` [tokens, vectors, lanes].
+template <class Kind>
+void add_block(
+    const Product& p, int64_t i, int64_t count, int vectors, const typename Kind::Number* panel,
+    typename Kind::Number* room, float* totals) {
+  static constexpr auto tiles = all_tiles<Kind>(std::make_integer_sequence<int, strip * strip_tokens>{});
+  for (int64_t t = 0; t < p.tokens; t += strip_tokens) {
+    const int64_t tokens = std::min<int64_t>(strip_tokens, p.tokens - t);
+    const auto* x = Kind::inputs(p, t, i, count, room);
+    for (int64_t m = 1; m < tokens; ++m) Kind::inputs(p, t + m, i, count, room + m * block_in);
+    const auto add = tiles[static_cast<std::size_t>((vectors - 1) * strip_tokens + tokens - 1)];
+    for (int64_t k = 0; k < count; k += part_inputs)
+      add(panel + k * vectors * lanes, x + k, Kind::stride(p),
+          (std::min(part_inputs, count - k) + Kind::step - 1) / Kind::step, totals + t * vectors * lanes);
+  }
 }
 
 // Inputs in blocks, and in each the outputs in strips: a block's columns are asked for as a whole while the one before
 // it is used, because a strip of them is too narrow to be read from memory by itself.
 template <class T, class Kind>
 void many_tokens_by_columns(const Matrix& w, const Product& p, int64_t begin, int64_t end) {
+  using Number = typename Kind::Number;
   constexpr int64_t width = strip * lanes;
-  const int64_t strips = (end - begin + width - 1) / width, size = strips * p.tokens * width;
-  float* memory = scratch(static_cast<std::size_t>(block_in * width + 2 * size));
-  auto* panel = reinterpret_cast<typename Kind::Panel*>(memory);
-  float *sums = memory + block_in * width, *totals = sums + size;
-  std::fill_n(totals, size, 0.0f);
+  const int64_t strips = (end - begin + width - 1) / width, size = p.tokens * width;
+  float* memory = scratch(static_cast<std::size_t>(block_in * (width + strip_tokens) + strips * size));
+  auto* panel = reinterpret_cast<Number*>(memory);
+  auto* room = reinterpret_cast<Number*>(memory + block_in * width);
+  float* totals = memory + block_in * (width + strip_tokens);
+  std::fill_n(totals, strips * size, 0.0f);
+  // pairs are interleaved two vectors at a time
+  const auto vectors_of = [](int64_t outputs) {
+    constexpr int64_t unit = lanes * Kind::step;
+    return static_cast<int>((outputs + unit - 1) / unit * Kind::step);
+  };
   for (int64_t i = 0; i < w.in; i += block_in) {
     const int64_t count = std::min(block_in, w.in - i), next = i + count;
     const int64_t next_count = std::min(block_in, w.in - next);
-    if (i % part_inputs == 0) std::fill_n(sums, size, 0.0f);
     for (int64_t s = 0; s < strips; ++s) {
       for (int64_t k = next_count * s / strips; k < next_count * (s + 1) / strips; ++k)
         for (int64_t j = begin; j < end; j += line / static_cast<int64_t>(sizeof(T)))
           __builtin_prefetch(weights<T>(w) + (next + k) * w.pitch() + j, 0, 2);
       const int64_t o = begin + s * width, outputs = std::min(width, end - o);
-      Kind::fill(w, i, count, o, outputs, panel);
-      float* strip_sums = sums + s * p.tokens * width;
-      int64_t t = 0;
-      for (; t + strip_tokens <= p.tokens; t += strip_tokens)
-        tile<Kind, strip_tokens>(panel, p, i, count, t, strip_sums);
-      if (t < p.tokens) last_tile<Kind>(panel, p, i, count, t, strip_sums);
+      const int vectors = vectors_of(outputs);
+      Kind::fill(w, i, count, o, outputs, vectors, panel);
+      add_block<Kind>(p, i, count, vectors, panel, room, totals + s * size);
     }
-    if (next % part_inputs == 0 || next == w.in)
-      for (int64_t j = 0; j < size; j += lanes) store(totals + j, load(totals + j) + load(sums + j));
   }
-  for (int64_t s = 0; s < strips; ++s)
+  for (int64_t s = 0; s < strips; ++s) {
+    const int64_t o = begin + s * width, outputs = std::min(width, end - o), pitch = vectors_of(outputs) * lanes;
     for (int64_t t = 0; t < p.tokens; ++t)
-      sweep(std::min(width, end - begin - s * width), [&](int64_t j, auto part) {
-        const vfloat total = load(totals + (s * p.tokens + t) * width + j, part);
-        put(p.y + t * p.y_stride + begin + s * width + j, total, p.add, part);
+      sweep(outputs, [&](int64_t j, auto part) {
+        put(p.y + t * p.y_stride + o + j, load(totals + s * size + t * pitch + j), p.add, part);
       });
+  }
 }
-static_assert(part_inputs % block_in == 0);
+static_assert(block_in % part_inputs == 0);
 
 template <class T>
 void by_columns(const Matrix& w, const Product& p, int64_t begin, int64_t end) {

@@ -108,7 +108,8 @@ struct ListedRows {
 
 // total[m * together + i] = lane-wise sums of row i times token m, one row of x after the other `x_stride` apart.
 template <class Kind, int tokens, class R>
-inline void dots(const R& rows, const typename Kind::Input* x, int64_t x_stride, int64_t in, vfloat* totals) {
+[[gnu::always_inline]] inline void dots(
+    const R& rows, const typename Kind::Input* x, int64_t x_stride, int64_t in, vfloat* totals) {
   constexpr int64_t step = line / sizeof(typename Kind::Weight);
   vfloat total[tokens * together] = {};
   const auto add = [&](int64_t k, auto part) {
@@ -130,6 +131,7 @@ inline void dots(const R& rows, const typename Kind::Input* x, int64_t x_stride,
   }
   for (; k + Kind::step <= in; k += Kind::step) add(k, Whole{});
   if (k < in) add(k, Part{static_cast<std::size_t>(in - k)});
+#pragma GCC unroll 24
   for (int i = 0; i < tokens * together; ++i) totals[i] = total[i];
 }
 
@@ -159,20 +161,50 @@ void one_token(const Matrix& w, const Product& p, int64_t begin, int64_t end) {
   }
 }
 
+// As `sums`, of fewer vectors, a power of two: lanes / count neighbouring lanes of the result have the sum over an x.
+template <int count, int step = lanes / 2>
+[[gnu::always_inline]] inline vfloat sums_of(vfloat* x) {
+  constexpr int left = count > 1 ? count / 2 : 1;
+#pragma GCC unroll 8
+  for (int m = 0; m < left; ++m) {
+    vfloat& other = x[count > 1 ? m + left : m];
+    x[m] = keep_low<step>(x[m], other, lane_numbers) + keep_high<step>(x[m], other, lane_numbers);
+  }
+  if constexpr (step > 1)
+    return sums_of<left, step / 2>(x);
+  else
+    return x[0];
+}
+
 // Adds up across lanes and writes `outputs` outputs of `tokens` tokens. Destroys `totals`.
 template <int tokens>
-inline void finish(vfloat* totals, const Product& p, int64_t t, int64_t o, int64_t outputs) {
-  float results[(tokens * together + lanes - 1) / lanes * lanes];
-  for (int n = 0; n < tokens * together; n += lanes) {
-    vfloat some[lanes] = {};
-    for (int i = 0; i < lanes && n + i < tokens * together; ++i) some[i] = totals[n + i];
-    store(results + n, sums(some));
+[[gnu::always_inline]] inline void finish(vfloat* totals, const Product& p, int64_t t, int64_t o, int64_t outputs) {
+  constexpr int at_once = lanes / together;  // tokens whose sums fill a vector
+  if constexpr (tokens > at_once) {
+    finish<at_once>(totals, p, t, o, outputs);
+    finish<tokens - at_once>(totals + at_once * together, p, t + at_once, o, outputs);
+  } else {
+    constexpr int number = (tokens > at_once / 2 ? at_once : tokens) * together, apart = lanes / number;
+    vfloat some[number] = {};
+#pragma GCC unroll 16
+    for (int i = 0; i < tokens * together; ++i) some[i] = totals[i];
+    const vfloat all = sums_of<number>(some);
+    float results[lanes];
+    store(results, all);
+    const auto give = [&](auto count) {
+#pragma GCC unroll 4
+      for (int m = 0; m < tokens; ++m) {
+        float* y = p.y + (t + m) * p.y_stride + o;
+        const float* from = results + m * together * apart;
+        for (int i = 0; i < together; ++i)
+          if (i < count) y[i] = p.add ? y[i] + from[i * apart] : from[i * apart];
+      }
+    };
+    if (outputs == together)
+      give(std::integral_constant<int, together>{});
+    else
+      give(static_cast<int>(outputs));
   }
-  for (int m = 0; m < tokens; ++m)
-    for (int64_t i = 0; i < outputs; ++i) {
-      float* y = p.y + (t + m) * p.y_stride + o + i;
-      *y = p.add ? *y + results[m * together + i] : results[m * together + i];
-    }
 }
 
 // step(t, tokens) for tiles of tokens from `t` to `to`, the number of their tokens known when it is compiled.

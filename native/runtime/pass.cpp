@@ -123,7 +123,7 @@ void Pass::at_once(std::span<const Job> jobs) const {
     products.at(i) = prepared(*jobs[i].matrix, jobs[i].product, slot);
     slot += products[i].integers.values || products[i].rounded.values;
   }
-  shared_out(total, 16, jobs[0].matrix->bytes_of_output(), [&](Range range) {
+  shared_out(total, unit(), jobs[0].matrix->bytes_of_output(), [&](Range range) {
     int64_t first = 0;
     for (std::size_t i = 0; i < jobs.size(); ++i) {
       const Job& job = jobs[i];
@@ -151,7 +151,7 @@ void Pass::second_factor(const LowRank& map, int64_t number, const float* low, f
 void Pass::add_output(const Matrix& matrix) {
   watch_.mark(StepPart::recurrence);
   const Product product = prepared(matrix, dense(y_, sizes_.width, x_, sizes_.width, true));
-  shared_out(sizes_.width, 16, matrix.bytes_of_output(), [&](Range range) { multiply(matrix, product, range); });
+  shared_out(sizes_.width, unit(), matrix.bytes_of_output(), [&](Range range) { multiply(matrix, product, range); });
   watch_.mark(StepPart::output);
 }
 
@@ -160,7 +160,7 @@ void Pass::channel_mix(std::size_t i) {
   const ChannelMix& mix = model_.channel_mixes_[i];
   const int64_t width = sizes_.width, hidden = sizes_.hidden;
   shift(i, mix.norm, mix.mix, sizes_.layer_state() - width);
-  const int64_t unit = sparse_ ? part_inputs : 16, units = (hidden + unit - 1) / unit * unit;
+  const int64_t cut = sparse_ ? part_inputs : unit(), units = (hidden + cut - 1) / cut * cut;
   const bool guesses = mix.sparsity.is_on();
   if (guesses) guess_units(mix);
   Product gate = dense(mixed_ + count_ * width, width, gate_, width);
@@ -171,7 +171,7 @@ void Pass::channel_mix(std::size_t i) {
   }
   gate = prepared(mix.receptance, gate, 1);
   const Product key = prepared(mix.key, dense(mixed_, width, hidden_, hidden));
-  shared_out(units + mix.receptance.out, unit, mix.key.bytes_of_output(), [&](Range range) {
+  shared_out(units + mix.receptance.out, cut, mix.key.bytes_of_output(), [&](Range range) {
     const Range of_hidden{range.begin, std::min(range.end, hidden)};
     const Range of_gate{std::max(range.begin, units) - units, range.end - units};
     if (!of_hidden.empty()) {
@@ -248,7 +248,7 @@ void Pass::multiply_hidden(const Matrix& value, int64_t from, float* y) {
   Product product = dense(hidden_, sizes_.hidden, y - from, sizes_.width, true);
   prepare(product_, value, product, hidden_prepared_);
   by_tokens([&](Range range) { fill(product_, product, 0, sizes_.hidden, range.begin, range.end); });
-  shared_out(sizes_.width, unit_of(value), value.bytes_of_output(), [&](Range range) {
+  shared_out(sizes_.width, std::max(unit(), unit_of(value)), value.bytes_of_output(), [&](Range range) {
     multiply(value, product, {from + range.begin, from + range.end});
   });
 }
@@ -265,7 +265,7 @@ void Pass::head() {
   Product product = dense(y_, width, logits_, sizes_.vocab);
   product.tokens = wanted;
   product = prepared(model_.head_, product);
-  shared_out(sizes_.vocab, 16, model_.head_.bytes_of_output(), [&](Range range) {
+  shared_out(sizes_.vocab, unit(), model_.head_.bytes_of_output(), [&](Range range) {
     multiply(model_.head_, product, range);
   });
 }

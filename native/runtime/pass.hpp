@@ -67,6 +67,9 @@ class Pass {
     });
   }
 
+  // Outputs that are not parted: whole strips of a product with many tokens.
+  std::int64_t unit() const { return sparse_ ? 16 : 64; }
+
   // work(range) for parts of the tokens.
   template <class Work>
   void by_tokens(Work&& work) const {
