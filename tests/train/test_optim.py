@@ -13,9 +13,20 @@ from rookery.train.config import OptimConfig
 from rookery.train.optim import Optimizer, learning_rate, parameter_groups
 
 
-def names_by_group(model):
+def names_by_group(model, layerwise=False):
     name_of = {id(p): name for name, p in model.named_parameters()}
-    return {g["name"]: {name_of[id(p)] for p in g["params"]} for g in parameter_groups(model, 0.1)}
+    return {g["name"]: {name_of[id(p)] for p in g["params"]} for g in parameter_groups(model, 0.1, layerwise)}
+
+
+def test_rates_by_layer_are_those_of_rwkv_lm():
+    four, six = (create_model(name) for name in ("rwkv4-test", "rwkv6-test"))
+    groups = names_by_group(four, layerwise=True)
+    assert {name.split(".")[-1] for name in groups["fast"]} == {"time_decay"}
+    assert {name.split(".")[-1] for name in groups["first"]} == {"time_first"}
+    assert {name.split(".")[-1] for name in names_by_group(six, layerwise=True)["fast"]} == {"time_decay"}
+    rates = {g["name"]: g["lr_scale"] for g in parameter_groups(four, 0.1, layerwise=True)}
+    assert rates == {"decayed": 1.0, "fast": 2.0, "first": 3.0, "plain": 1.0}
+    assert "fast" not in names_by_group(four)
 
 
 def test_groups_are_the_official_ones():

@@ -62,6 +62,8 @@ class OptimConfig:
     """Last part of the steps in which a "wsd" schedule decays."""
     weight_decay: float = 0.1
     """On matrices only; see `rookery.train.optim.parameter_groups`."""
+    layerwise: bool = False
+    """RWKV-LM's layerwise_lr of RWKV-4 to 6: decays at twice the rate, RWKV-4's first-token bonus at three times."""
     beta1: float = 0.9
     beta2: float = 0.99
     eps: float = 1e-18

@@ -15,18 +15,23 @@ OUTSIDE = ("emb", "head", "embed_tokens", "lm_head", "word_embeddings")
 """Modules whose matrices are tables or read-outs, which Muon is not for (https://kellerjordan.github.io/posts/muon)."""
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float, layerwise: bool = False) -> list[dict]:
     """The official groups (core.md 1.10): decayed matrices, the decay bias at twice the rate, everything else.
 
+    `layerwise` is what RWKV-LM calls layerwise_lr, of RWKV-4 to 6: their decays at twice the rate, too, and RWKV-4's
+    bonus of the first token (`time_first`) at three times.
     Weight decay goes to parameters with ".weight" in their name and at least two dimensions longer than 1: projections,
     embedding and head, not the low-rank factors. Frozen parameters are in none.
     """
-    groups: dict[str, list[Tensor]] = {"decayed": [], "fast": [], "plain": []}
+    groups: dict[str, list[Tensor]] = {"decayed": [], "fast": [], "first": [], "plain": []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if "att.w0" in name:
+        by_rate = layerwise and not name.endswith(("_w1", "_w2"))
+        if "att.w0" in name or (by_rate and "time_decay" in name):
             groups["fast"].append(parameter)
+        elif by_rate and "time_first" in name:
+            groups["first"].append(parameter)
         elif sum(length > 1 for length in parameter.shape) >= 2 and ".weight" in name and "convert3" not in name:
             groups["decayed"].append(parameter)
         else:
@@ -34,6 +39,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     settings = {
         "decayed": {"weight_decay": weight_decay, "lr_scale": 1.0},
         "fast": {"weight_decay": 0.0, "lr_scale": 2.0},
+        "first": {"weight_decay": 0.0, "lr_scale": 3.0},
         "plain": {"weight_decay": 0.0, "lr_scale": 1.0},
     }
     return [{"params": params, "name": name, **settings[name]} for name, params in groups.items() if params]
@@ -42,7 +48,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def groups_of(model: nn.Module, config: OptimConfig) -> list[dict]:
     """The model's own groups where it has some, as models of images do, else the official ones."""
     if not hasattr(model, "parameter_groups"):
-        return parameter_groups(model, config.weight_decay)
+        return parameter_groups(model, config.weight_decay, config.layerwise)
     chosen = {name: getattr(config, name) for name in ("layer_decay", "decay_vectors") if hasattr(config, name)}
     return model.parameter_groups(weight_decay=config.weight_decay, **chosen)
 
