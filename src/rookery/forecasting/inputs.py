@@ -12,10 +12,10 @@ def histories(inputs: Any, names: Sequence[str] | None = None) -> list[np.ndarra
 
     `names` are what errors call them, "series 0" and so on unless given.
     """
-    found = list(inputs)
+    found = [inputs] if getattr(inputs, "ndim", 0) == 1 else list(inputs)
     if not found:
         raise ValueError("there is no series to forecast; give at least one")
-    if np.ndim(found[0]) == 0 and not isinstance(found[0], str):  # points, not series
+    if np.ndim(found[0]) == 0 and not isinstance(found[0], str):  # a plain list of points
         found = [inputs]
     return [history(values, names[i] if names else f"series {i}") for i, values in enumerate(found)]
 

@@ -44,8 +44,8 @@ class SeriesSet:
         table = read_table(self.path)
         splits = standard_splits(table)
         values = scaled(table, splits).values
-        parts = splits.train, splits.validation
-        return tuple(SeriesWindows(values, rows, self.lookback, horizon) for rows in parts)  # type: ignore[return-value]
+        train = SeriesWindows(values, splits.train, self.lookback, horizon)
+        return train, SeriesWindows(values, splits.validation, self.lookback, horizon)
 
     def score(self, model: Any, horizon: int) -> dict[str, Any]:
         """Test errors of a forecaster or of the name of one that learns nothing."""
