@@ -42,7 +42,8 @@ class AdaptConfig:
     shifts: bool = False
     """Whether "state" also trains the vectors that stand for the token before the first."""
     start: str = ""
-    """File that "state" begins from: a tuned state, or what a session saved after a prompt; zeros where empty."""
+    """What is trained further: of "state" a file with a tuned state or what a session saved after a prompt, of an
+    adapter the folder that a run wrote, with the same method, rank and targets. Where empty, it begins from nothing."""
     features: int = 0
     """Features per head of a kernel-upscaled "state", RWKV-5 to 7; four times the head's channels are usual. 0 trains
     the plain state, which every runner knows."""
@@ -74,5 +75,11 @@ class AdaptConfig:
             raise ValueError(
                 f"adapt.base rounds what does not learn: it is for {', '.join(ADAPTERS)}, not {self.method}"
             )
+        if self.start and self.method == "pissa":
+            raise ValueError(
+                "a PiSSA adapter is written as a LoRA of twice the rank: go on with method=lora and that rank"
+            )
+        if self.start and self.method not in (*ADAPTERS, "state"):
+            raise ValueError(f"adapt.start is for adapters and states, not for {self.method}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"adapt.dropout must lie in [0, 1), got {self.dropout}")

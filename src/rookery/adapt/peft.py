@@ -169,22 +169,30 @@ def save_adapter(
 
 def load_adapter(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
     """Attaches the adapter in a folder that `save_adapter` or peft wrote; ValueError where it does not fit."""
-    from safetensors.torch import load_file
-
     path = Path(folder)
     if not (path / "adapter_config.json").is_file():
         raise ValueError(f"{str(path)!r} holds no adapter: adapter_config.json is missing")
     peft = _peft()
     settings = peft.PeftConfig.from_pretrained(str(path))
-    saved = {n.removeprefix(PREFIX): t for n, t in load_file(path / "adapter_model.safetensors").items()}
     if getattr(settings, "init_lora_weights", True) not in (True, False):
         settings.init_lora_weights = True  # the values come from the file, nothing may be taken out of the weights
     model.requires_grad_(False)
     peft.inject_adapter_in_model(settings, model, adapter_name=NAME)
+    begin_from(model, path)
+
+
+def begin_from(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
+    """Gives the adapter that the model has the values of the one in a folder; ValueError where it does not fit."""
+    from safetensors.torch import load_file
+
+    path = Path(folder) / "adapter_model.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{os.fspath(folder)!r} holds no adapter: {path.name} is missing")
+    saved = {n.removeprefix(PREFIX): t for n, t in load_file(path).items()}
     ours = adapter_tensors(model)
     wrong = sorted(saved.keys() ^ ours.keys()) or [n for n in ours if ours[n].shape != saved[n].shape]
     if wrong:
-        raise ValueError(f"the adapter {str(path)!r} does not fit this {model.family} model: see {wrong[0]}")
+        raise ValueError(f"the adapter {str(path.parent)!r} does not fit this {model.family} model: see {wrong[0]}")
     with torch.no_grad():
         for name, parameter in ours.items():
             parameter.copy_(saved[name])

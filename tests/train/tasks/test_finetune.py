@@ -191,6 +191,25 @@ def test_documents_in_pieces_take_the_same_steps_where_gradients_go_through(conf
         FinetuneTask(overlay(pieces, {"learn": "dpo"}))
 
 
+def test_an_adapter_is_trained_further(config, tmp_path):
+    train(config)
+    again = overlay(config, {"adapt": {"start": str(Path(config.out) / "adapter")}, "out": str(tmp_path / "again")})
+    begun = prepare(again).task
+    learned = load(config.base)
+    load_adapter(learned, Path(config.out) / "adapter")
+    assert torch.equal(logits_of(begun.model.eval()), logits_of(learned.eval()))
+    train(again)
+    assert rows(again)[-1]["validation_loss"] < rows(config)[0]["loss"]
+    with pytest.raises(ValueError, match="does not fit this rwkv7 model"):
+        prepare(overlay(again, {"adapt": {"rank": 8}}))
+    with pytest.raises(ValueError, match="holds no adapter"):
+        prepare(overlay(again, {"adapt": {"start": str(tmp_path)}}))
+    with pytest.raises(ValueError, match="LoRA of twice the rank"):
+        overlay(again, {"adapt": {"method": "pissa"}})
+    with pytest.raises(ValueError, match=r"adapt\.start is for adapters and states, not for full"):
+        overlay(again, {"adapt": {"method": "full"}})
+
+
 def test_dropout_is_a_function_of_the_step(config):
     config = overlay(config, {"adapt": {"dropout": 0.5}, "accumulate": 2, "merge": True})
     whole = dataclasses.replace(config, out=config.out + "-whole")

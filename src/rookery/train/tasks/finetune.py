@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from rookery.adapt.config import ADAPTERS, IN_RWKV_PEFT
 from rookery.adapt.decorrelate import decorrelate
 from rookery.adapt.kernel_state import KernelStart
-from rookery.adapt.peft import INITIAL, attach, fingerprint_of, merge, restart_pissa, save_adapter, save_rwkv_peft
+from rookery.adapt.peft import (
+    INITIAL,
+    attach,
+    begin_from,
+    fingerprint_of,
+    merge,
+    restart_pissa,
+    save_adapter,
+    save_rwkv_peft,
+)
 from rookery.adapt.quantised import quantise_base, restore_base
 from rookery.adapt.read_features import read_features
 from rookery.adapt.state_tuning import StartState, save_start, started_from
@@ -126,6 +135,8 @@ class FinetuneTask(Task):
             restart_pissa(self.model, adapt, self.initial)
             return
         self.initial = attach(self.model, adapt, self.config.seed)
+        if adapt.start:
+            begin_from(self.model, adapt.start)
         if self.initial and Place.here().first:
             kept.parent.mkdir(parents=True, exist_ok=True)
             with replacing(kept) as temporary:
