@@ -2,10 +2,10 @@
 
   rookery distill radlads --set teacher=Qwen2.5-0.5B --set data.path=text.jsonl --set out=out/mine
 
-Ways: radlads (stages align, distill, text), arwkv (align, distill; sft and dpo where they are given data). A setting
-may be for one stage: --set distill.steps=500. Each stage writes model.safetensors, metrics.jsonl, checkpoints/ and
-(with held-out text) verification.txt to a folder of its own; finished ones are not run again. A stage alone is a
-recipe: radlads-align.
+Ways: radlads (stages align, distill, text), radlads-2a, radlads-3a, arwkv (align, distill; sft and dpo where they are
+given data). A setting may be for one stage: --set distill.steps=500. Each stage writes model.safetensors,
+metrics.jsonl, checkpoints/ and (with held-out text) verification.txt to a folder of its own; finished ones are not run
+again. A stage alone is a recipe: radlads-align.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from rookery.cli.train import add_arguments as add_train_arguments
-from rookery.cli.train import before_torch, run_recipe, trained
+from rookery.cli.train import before_torch, processes, run_recipe, trained
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,11 +40,13 @@ def run(given: argparse.Namespace) -> int:
         for stage, config in stages:
             print(f"[{stage}]\n{describe(config)}\n")
         return 0
-    for stage, config in stages:
-        if is_finished(config):
-            print(f"{stage}: finished, see {config.out}", file=sys.stderr)
-            continue
-        print(f"{stage}: {config.out}", file=sys.stderr)
-        if code := trained(config):
-            return code
+    with processes():
+        from rookery.train.parallel import Place
+
+        for stage, config in stages:
+            done = is_finished(config)
+            if Place.here().first:
+                print(f"{stage}: finished, see {config.out}" if done else f"{stage}: {config.out}", file=sys.stderr)
+            if not done and (code := trained(config)):
+                return code
     return 0

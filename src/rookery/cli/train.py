@@ -7,6 +7,8 @@ first; `rookery recipes` lists what can be run.
 import argparse
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,23 +62,33 @@ def run_recipe(given: argparse.Namespace, default: str) -> int:
         print(describe(config))
         estimate(config)
         return 0
-    return trained(config)
+    with processes():
+        return trained(config)
 
 
-def trained(config: Any) -> int:
-    """Trains, and gives the exit code."""
-    from rookery.train.loop import train
+@contextmanager
+def processes() -> Iterator[None]:
+    """The processes that torchrun has started, for the time of the block; nothing where this is the only one."""
     from rookery.train.memory import keep_freed_memory
 
     keep_freed_memory()
-    many = "LOCAL_RANK" in os.environ  # torchrun has started this process and others
+    many = "LOCAL_RANK" in os.environ
     if many:
         from rookery.train.parallel import start, stop
 
         start(int(os.environ["LOCAL_RANK"]))
-    result = train(config)
-    if many:
+    yield
+    if many:  # not where the block failed: the others may wait for this one elsewhere
         stop()
+
+
+def trained(config: Any) -> int:
+    """Trains, and gives the exit code; what the run writes is there for all processes then."""
+    from rookery.train.loop import train
+    from rookery.train.parallel import wait
+
+    result = train(config)
+    wait()
     if result.signal is not None:
         print(f"stopped at step {result.step}; the same command continues", file=sys.stderr)
         return 128 + result.signal

@@ -40,6 +40,8 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "radlads-align": distill.radlads_align,
     "radlads-distill": distill.radlads_distill,
     "radlads-text": distill.radlads_text,
+    "radlads-distill-2a": distill.radlads_distill_2a,
+    "radlads-text-3a": distill.radlads_text_3a,
     "arwkv-align": distill.arwkv_align,
     "arwkv-distill": distill.arwkv_distill,
     "arwkv-sft": distill.arwkv_sft,

@@ -4,6 +4,8 @@ Steps and rates are the published ones of the 7B models where the papers agree w
 nearer to 1e-3 and far fewer tokens.
 """
 
+from dataclasses import replace
+
 from rookery.adapt.config import AdaptConfig
 from rookery.train.config import (
     ConvertConfig,
@@ -15,6 +17,8 @@ from rookery.train.config import (
 )
 
 ADAM = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "warmup_steps": 50}
+DECAYS_AND_SHIFTS = "*.self_attn.w[012],*.self_attn.time_decay*,*.self_attn.time_maa*"
+"""Names in RAD-RWKV7, which shifts no tokens, and RAD-RWKV6."""
 
 
 def _distil(stage: str, to: str, length: int, rows: int, steps: int, optim: OptimConfig, **more) -> DistillConfig:
@@ -63,6 +67,20 @@ def radlads_text() -> FinetuneConfig:
     )
 
 
+def radlads_distill_2a() -> DistillConfig:
+    """RADLADS, step 2a, in place of 2 and 3: long rows, the mixers at ten times the rate of the rest; 600 M tokens."""
+    rates = {"lr": 1e-5, "final_lr": 1e-5, "schedule": "linear", "mixer_lr": 1e-4, "mixer_final_lr": 1e-5}
+    optim = OptimConfig(weight_decay=0.0, **rates, **ADAM)
+    return _distil("distill", "rad-rwkv7", 4096, 32, 4600, optim, out="out/radlads-2a/distill")
+
+
+def radlads_text_3a() -> FinetuneConfig:
+    """RADLADS, step 3a, in place of 3: long text changes decays and token shifts alone."""
+    text = radlads_text()
+    optim = replace(text.optim, lr=1e-4, final_lr=1e-4)
+    return replace(text, optim=optim, train_only=DECAYS_AND_SHIFTS, out="out/radlads-3a/text")
+
+
 def arwkv_align() -> DistillConfig:
     """ARWKV, stage 1: RWKV-7's own time mixes learn to answer as attention did."""
     optim = OptimConfig(lr=1e-4, final_lr=1e-5, schedule="exponential", weight_decay=0.1, **ADAM)
@@ -103,6 +121,12 @@ def _answers(learn: str, lr: float) -> FinetuneConfig:
 
 STAGES: dict[str, dict[str, TrainConfig]] = {
     "radlads": {"align": radlads_align(), "distill": radlads_distill(), "text": radlads_text()},
+    "radlads-2a": {"align": replace(radlads_align(), out="out/radlads-2a/align"), "distill": radlads_distill_2a()},
+    "radlads-3a": {
+        "align": replace(radlads_align(), out="out/radlads-3a/align"),
+        "distill": radlads_distill(),
+        "text": radlads_text_3a(),
+    },
     "arwkv": {
         "align": arwkv_align(),
         "distill": arwkv_distill(),

@@ -72,6 +72,12 @@ class OptimConfig:
     """Largest global gradient norm."""
     momentum: float = 0.95
     """Of Muon."""
+    mixer_lr: float = 0.0
+    """Rate of converted models' mixers (names with ".self_attn."), where it is one of their own; 0 for `lr`. It stays
+    until `mixer_hold` of the steps and falls by a quarter of a cosine to `mixer_final_lr` at `mixer_end` (RADLADS)."""
+    mixer_final_lr: float = 1e-5
+    mixer_hold: float = 0.833
+    mixer_end: float = 0.875
     ema: float = 0.0
     """What an average of the weights keeps of itself at each step, (1 + steps) / (10 + steps) where that is less; the
     average is what is judged and written. 0 for none."""
@@ -83,6 +89,11 @@ class OptimConfig:
         if self.name == "adamw-8bit" and self.eps < 1e-8:
             # a second moment that 8 bits round to 0 would make a step as large as 1 / eps
             raise ValueError(f"adamw-8bit needs optim.eps of at least 1e-8, got {self.eps}")
+        if not 0 <= self.mixer_hold < self.mixer_end <= 1 or self.mixer_lr < 0:
+            raise ValueError(
+                f"optim.mixer_hold ({self.mixer_hold}) and mixer_end ({self.mixer_end}) must rise within 0 and 1, and "
+                f"mixer_lr ({self.mixer_lr}) be 0 or more"
+            )
         if not 0 <= self.ema < 1 or (self.ema and self.name == "schedule-free"):
             raise ValueError("optim.ema must lie in [0, 1), and be 0 for schedule-free, which averages by itself")
 
@@ -186,8 +197,10 @@ class TrainConfig:
             raise ValueError("piece_length is for models that learn text")
         if self.piece_length and self.context_parallel > 1:
             raise ValueError("rows are cut in pieces (piece_length) or shared (context_parallel), not both")
-        if type(self) is not TrainConfig and (self.longce.truncation or self.train_only):
-            raise ValueError("longce and train_only are for models that learn running text (`rookery train`)")
+        if type(self) is not TrainConfig and self.longce.truncation:
+            raise ValueError("longce is for models that learn running text (`rookery train`)")
+        if self.train_only and not isinstance(self, FinetuneConfig) and type(self) is not TrainConfig:
+            raise ValueError("train_only is for models that learn text (`rookery train`, `rookery finetune`)")
         if self.longce.truncation and (self.piece_length or self.context_parallel > 1):
             raise ValueError("longce weighs tokens of whole rows: use piece_length=0 and context_parallel=1")
         if self.longce.truncation and self.data.order == "documents":
@@ -233,6 +246,10 @@ class FinetuneConfig(TrainConfig):
         super().__post_init__()
         if self.initial or self.overrides:
             raise ValueError("a fine-tuning run starts from `base`: leave out `initial` and `overrides`")
+        if self.train_only and self.adapt.method != "full":
+            raise ValueError(
+                f'train_only chooses among all weights: adapt.method must be "full", not {self.adapt.method!r}'
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from rookery.train.card import write_card
 from rookery.train.checkpoint import newest_step, restore, save_by_first, save_checkpoint, save_sharded, sweep
 from rookery.train.config import TrainConfig
 from rookery.train.long_context import share_sequences
-from rookery.train.optim import Optimizer, learning_rate
+from rookery.train.optim import Optimizer, learning_rate, mixer_rate
 from rookery.train.parallel import (
     Place,
     blocks_of,
@@ -233,7 +233,7 @@ def one_step(run: Run, out: Path, asked: Sequence[int] = ()) -> tuple[dict[str, 
                 f"{run.bad} steps could be taken; the last checkpoint is of step {last}. Lower optim.lr"
             )
     else:
-        run.optimizer.take(rate)
+        run.optimizer.take(rate, mixer_rate(config.optim, step, config.steps))
         task.after_step()
     row = {**logged, "lr": rate, "tokens": run.tokens, "grad_norm": norm, "read": read}
     number = (signal.SIGINT if by_hand else signal.SIGTERM) if stop else None

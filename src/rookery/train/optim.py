@@ -48,9 +48,23 @@ def parameter_groups(model: nn.Module, weight_decay: float, layerwise: bool = Fa
 def groups_of(model: nn.Module, config: OptimConfig) -> list[dict]:
     """The model's own groups where it has some, as models of images do, else the official ones."""
     if not hasattr(model, "parameter_groups"):
-        return parameter_groups(model, config.weight_decay, config.layerwise)
+        groups = parameter_groups(model, config.weight_decay, config.layerwise)
+        return _mixers_apart(model, groups) if config.mixer_lr else groups
     chosen = {name: getattr(config, name) for name in ("layer_decay", "decay_vectors") if hasattr(config, name)}
     return model.parameter_groups(weight_decay=config.weight_decay, **chosen)
+
+
+def _mixers_apart(model: nn.Module, groups: list[dict]) -> list[dict]:
+    """Groups in two: the mixers', which have a rate of their own, and the rest; ValueError where there are none."""
+    mixers = {id(p) for name, p in model.named_parameters() if ".self_attn." in name}
+    if not mixers:
+        raise ValueError("optim.mixer_lr is for converted transformers: no weight here has .self_attn. in its name")
+    apart = []
+    for group in groups:
+        for mine in (False, True):
+            params = [p for p in group["params"] if (id(p) in mixers) == mine]
+            apart += [{**group, "params": params, "is_mixer": mine}] if params else []
+    return apart
 
 
 def hidden_matrices(model: nn.Module) -> set[int]:
@@ -68,7 +82,7 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     Warm-up multiplies by 0.01 + 0.99 · step / warmup_steps, as the official trainer does. "schedule-free" knows no
     other schedule than the warm-up.
     """
-    warmup = min(1.0, 0.01 + 0.99 * step / config.warmup_steps) if config.warmup_steps else 1.0
+    warmup = _warmup(config, step)
     if config.name == "schedule-free":
         return config.lr * warmup
     if config.schedule == "wsd":
@@ -85,6 +99,17 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     else:
         rate = config.final_lr + (config.lr - config.final_lr) * (1 + math.cos(math.pi * progress)) / 2
     return rate * warmup
+
+
+def mixer_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """That of the mixers where they have one of their own (adaptation.md B.2.4, step 2a)."""
+    progress = (step / steps - config.mixer_hold) / (config.mixer_end - config.mixer_hold)
+    fall = math.cos(math.pi * min(1.0, max(0.0, progress)) / 2)
+    return (config.mixer_final_lr + (config.mixer_lr - config.mixer_final_lr) * fall) * _warmup(config, step)
+
+
+def _warmup(config: OptimConfig, step: int) -> float:
+    return min(1.0, 0.01 + 0.99 * step / config.warmup_steps) if config.warmup_steps else 1.0
 
 
 class Optimizer:
@@ -144,11 +169,14 @@ class Optimizer:
         norm = nn.utils.clip_grad_norm_(self.masters, self.config.clip)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
-    def take(self, rate: float) -> None:
-        """Moves the weights by the gradients that `clip` has left, which are then cleared."""
+    def take(self, rate: float, mixer_rate: float = 0.0) -> None:
+        """Moves the weights by the gradients that `clip` has left, which are then cleared.
+
+        `mixer_rate` is for the mixers where the config gives them a rate of their own.
+        """
         for optimizer in self.inner:
             for group in optimizer.param_groups:
-                _set_rate(group, rate * group["lr_scale"])
+                _set_rate(group, (mixer_rate if group.get("is_mixer") else rate) * group["lr_scale"])
             optimizer.step()
         self._publish()
         self._follow()

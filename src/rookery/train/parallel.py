@@ -90,9 +90,15 @@ def start(local_rank: int) -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", local_rank))
 
 
+def wait() -> None:
+    """Returns when all processes have come here."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
 def stop() -> None:
     """Leaves them, once all have come here."""
-    dist.barrier()
+    wait()
     dist.destroy_process_group()
 
 

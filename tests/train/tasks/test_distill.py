@@ -1,6 +1,9 @@
 """Stages of a conversion: what moves and what stays, exact resume, what is written and refused."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -15,7 +18,7 @@ from rookery.recipes import recipe
 from rookery.recipes.distill import OWN_DATA, STAGES
 from rookery.train.config import ConvertConfig, DistillConfig, FinetuneConfig, OptimConfig, overlay
 from rookery.train.loop import one_step, prepare, train
-from rookery.train.optim import learning_rate
+from rookery.train.optim import groups_of, learning_rate, mixer_rate
 from rookery.train.stages import is_finished, staged
 
 TEXT = "".join(f"{i} birds sat on a wall, and then {i + 1} of them flew away over the hill. " for i in range(60))
@@ -256,3 +259,73 @@ def test_a_quarter_of_a_cosine_stays_high_for_longer():
     optim = OptimConfig(lr=1.0, final_lr=0.1, schedule="quarter-cosine", warmup_steps=0)
     rates = [learning_rate(optim, step, 1000) for step in (0, 500, 1000)]
     assert rates == pytest.approx([1.0, 0.1 + 0.9 * 0.5**0.5, 0.1])
+
+
+def test_two_processes_distil_as_one_does(config, tmp_path):
+    settings = [f"teacher={config.teacher}", f"data.path={config.data.path}", "data.sequence_length=24"]
+    settings += [
+        "data.validation_share=0.2",
+        "batch_size=4",
+        "steps=3",
+        "save_every=2",
+        "validate_every=3",
+        "device=cpu",
+    ]
+    settings += ["dtype=float32", "optim.lr=1e-2", "optim.warmup_steps=2", "threads=1"]
+    settings += [f"convert.settings={json.dumps(RANKS['rad-rwkv7'])}", "distill.top_k=20"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "rookery.cli.main"]
+    ways = {"one": ["-m", "rookery.cli.main"], "two": torchrun}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    for name, way in ways.items():
+        words = [word for setting in [*settings, f"out={tmp_path / name}"] for word in ("--set", setting)]
+        stages = ["distill", "radlads", "--stages", "align,distill", *words]
+        done = subprocess.run([sys.executable, *way, *stages], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for stage in ("1-align", "2-distill"):
+        texts = [(tmp_path / name / stage / "metrics.jsonl").read_text() for name in ways]
+        found = [[json.loads(line) for line in text.splitlines()] for text in texts]
+        assert len(found[0]) == 3
+        for one, two in zip(*found):
+            assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+            assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+            for name in one.keys() & {"validation_loss"}:
+                assert two[name] == pytest.approx(one[name], rel=1e-4)
+        one, two = (weights(tmp_path / name / stage) for name in ways)
+        for name in one:
+            torch.testing.assert_close(two[name], one[name], rtol=0, atol=5e-4, msg=lambda m, n=name: f"{n}: {m}")
+    assert len([*(tmp_path / "two" / "2-distill" / "teacher").iterdir()]) == 6  # each process kept its part of a step
+
+
+def test_mixers_may_have_a_rate_of_their_own(config):
+    rates = OptimConfig(lr=1e-5, final_lr=1e-5, schedule="linear", warmup_steps=0, mixer_lr=1e-4)
+    assert [mixer_rate(rates, step, 1000) for step in (1, 833)] == pytest.approx([1e-4] * 2)
+    assert mixer_rate(rates, 854, 1000) == pytest.approx(1e-5 + 0.7071 * 9e-5, rel=1e-4)
+    assert [mixer_rate(rates, step, 1000) for step in (875, 1000)] == pytest.approx([1e-5] * 2)
+    run = prepare(replace(config, stage="distill", optim=replace(rates, lr=0.0, final_lr=0.0)))
+    before = {name: weight.clone() for name, weight in run.task.model.state_dict().items()}
+    one_step(run, None)
+    moved = changed(before, run.task.model.state_dict())
+    assert moved
+    assert all(".self_attn." in name for name in moved)
+    groups = groups_of(run.task.model, config.optim)
+    assert not any("is_mixer" in group for group in groups)
+    with pytest.raises(ValueError, match="mixer_lr is for converted transformers"):
+        groups_of(create_model("rwkv7-test"), rates)
+    with pytest.raises(ValueError, match="must rise within 0 and 1"):
+        OptimConfig(mixer_hold=0.9)
+
+
+def test_the_last_stage_may_change_decays_and_shifts_alone(config, tmp_path):
+    save_model(create_model("rad-rwkv7-test", vocab_size=256), tmp_path / "student.safetensors")
+    text = recipe("radlads-text-3a")
+    data = replace(text.data, path=config.data.path, sequence_length=24, tokenizer="bytes")
+    given = {"batch_size": 2, "steps": 1, "threads": 1, "dtype": "float32", "out": str(tmp_path / "text")}
+    run = prepare(replace(text, base=str(tmp_path / "student.safetensors"), data=data, **given))
+    before = {name: weight.clone() for name, weight in run.task.model.state_dict().items()}
+    one_step(run, None)
+    moved = changed(before, run.task.model.state_dict())
+    assert {name.rpartition(".")[2] for name in moved} <= {"w0", "w1", "w2"}
+    assert moved
+    with pytest.raises(ValueError, match="adapt.method must be \"full\", not 'lora'"):
+        replace(recipe("lora"), train_only="*.w0")
+    assert [name for name, _ in staged(STAGES["radlads-2a"], {"teacher": "t"})] == ["align", "distill"]

@@ -40,7 +40,7 @@ from rookery.train.config import FinetuneConfig
 from rookery.train.long_context import backward_documents_in_pieces
 from rookery.train.parallel import Place, moved
 from rookery.train.tasks.base import Task
-from rookery.train.tasks.language import check_pieces, numbers, save_tokenizer
+from rookery.train.tasks.language import check_pieces, learn_only, numbers, save_tokenizer
 from rookery.train.tasks.preference import (
     References,
     collate_pairs,
@@ -94,6 +94,7 @@ class FinetuneTask(Task):
     def _adapt(self) -> nn.Module:
         config = self.config
         if config.adapt.method == "full":
+            learn_only(self.model, config.train_only)
             return self.model
         if config.adapt.method in ADAPTERS:
             self._attach(Path(config.out) / INITIAL)

@@ -166,13 +166,18 @@ def starting_model(config: TrainConfig, vocab_size: int) -> LanguageModel:
 
 
 def freeze(model: LanguageModel, config: TrainConfig) -> None:
-    """Leaves gradients to the parameters that `config.train_only` names; ValueError where it names none."""
-    patterns = config.train_only.split(",") if config.train_only else ["*"]
-    names = {name for name, _ in model.named_parameters() if any(fnmatch(name, pattern) for pattern in patterns)}
-    if not names:
-        raise ValueError(f"train_only={config.train_only!r} names no parameter of {model.family}")
+    """Leaves gradients to the parameters that `config.train_only` names, which must be a trained model's."""
+    learn_only(model, config.train_only)
     if config.train_only and not config.initial:
         raise ValueError(f"train_only={config.train_only!r} leaves the rest as it is: give initial, a trained model")
+
+
+def learn_only(model: LanguageModel, named: str) -> None:
+    """Leaves gradients to the parameters of these patterns, all of them for none; ValueError where nothing is named."""
+    patterns = named.split(",") if named else ["*"]
+    names = {name for name, _ in model.named_parameters() if any(fnmatch(name, pattern) for pattern in patterns)}
+    if not names:
+        raise ValueError(f"train_only={named!r} names no parameter of {model.family}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
 
