@@ -2,6 +2,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <array>
@@ -16,6 +17,7 @@
 #include "bindings/tensor.hpp"
 #include "core/threads.hpp"
 #include "kernels/reading.hpp"
+#include "runtime/adapter.hpp"
 #include "runtime/rwkv4.hpp"
 #include "runtime/rwkv5.hpp"
 #include "runtime/rwkv6.hpp"
@@ -28,6 +30,7 @@ namespace rookery {
 namespace {
 
 using Floats = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
+using Plane = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Numbers = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 // A config's fields by name.
@@ -182,13 +185,19 @@ struct Loaded {
 
   void forward(
       const Numbers& tokens, const std::vector<Floats>& states, const std::vector<std::int64_t>& lengths,
-      const Numbers& wanted, const Floats& logits, int threads, bool chained) const {
+      const Numbers& wanted, const Floats& logits, int threads, bool chained,
+      const std::vector<const Adapter*>& adapters) const {
     const auto count = static_cast<std::int64_t>(tokens.size());
+    if (!adapters.empty() && adapters.size() != states.size())
+      throw std::invalid_argument("states and adapters do not fit together");
     std::vector<Segment> segments;
     std::int64_t total = 0;
     for (std::size_t i = 0; i < states.size(); ++i) {
       check_state(states[i]);
-      segments.push_back({states[i].data(), lengths.at(i), i > 0 && chained ? states[i - 1].data() : nullptr});
+      const Adapter* adapter = adapters.empty() ? nullptr : adapters[i];
+      if (adapter && !adapter->is_for(*runtime)) throw std::invalid_argument("an adapter was made for another model");
+      const float* from = i > 0 && chained ? states[i - 1].data() : nullptr;
+      segments.push_back({states[i].data(), lengths.at(i), from, adapter});
       total += lengths[i];
     }
     if (total != count || logits.size() != wanted.size() * static_cast<std::size_t>(runtime->sizes.vocab))
@@ -207,6 +216,20 @@ struct Loaded {
         {tokens.data(), tokens.size()}, segments, {wanted.data(), wanted.size()}, logits.data(), threads);
   }
 };
+
+// A name's A [rank, in] and B turned, [rank, out].
+using Pair = std::tuple<Plane, Plane>;
+
+Adapter adapter_of(const Loaded& model, const std::map<std::string, Pair>& pairs) {
+  std::map<std::string, Adapter::Factors> factors;
+  for (const auto& [name, pair] : pairs) {
+    const auto& [a, b] = pair;
+    if (a.shape(0) != b.shape(0)) throw std::invalid_argument("the two factors of '" + name + "' differ in their rank");
+    const auto size = [](const Plane& of, std::size_t axis) { return static_cast<std::int64_t>(of.shape(axis)); };
+    factors[name] = {a.data(), b.data(), size(a, 0), size(b, 1), size(a, 1)};
+  }
+  return {*model.runtime, factors};
+}
 
 // Reads an array once, each thread a part of it.
 std::uint32_t read_memory(const Array& array, int threads, const std::string& isa) {
@@ -245,6 +268,14 @@ void bind_runtime(nb::module_& m) {
                      return names;
                    },
                    "Names of the tensors that are used where they lie, and kept alive.")
+      .def_prop_ro("matrices",
+                   [](const Loaded& model) {
+                     nb::dict shapes;
+                     for (const auto& [name, matrix] : model.runtime->matrices())
+                       shapes[name.c_str()] = nb::make_tuple(matrix.out, matrix.in);
+                     return shapes;
+                   },
+                   "Tensor name -> (outputs, inputs), of the matrices that adapters may change.")
       .def_prop_ro("ffn_reads",
                    [](const Loaded& model) {
                      return nb::make_tuple(model.runtime->ffn_reads.load(), model.runtime->ffn_columns.load());
@@ -281,9 +312,19 @@ void bind_runtime(nb::module_& m) {
       .def_prop_ro("isa", [](const Loaded& model) { return std::string(name(model.runtime->isa)); })
       .def("begin", &Loaded::begin, "state"_a, "Makes a state that before the first token.")
       .def("forward", &Loaded::forward, "tokens"_a, "states"_a, "lengths"_a, "wanted"_a, "logits"_a, "threads"_a, "chained"_a = false,
+           "adapters"_a = std::vector<const Adapter*>(),
            "Reads lengths[i] tokens into states[i], one sequence after the other, and writes the logits that follow "
            "the tokens at the positions `wanted`. With `chained` all are one sequence: each state but the first is "
-           "written, and begins where the one before it ends.");
+           "written, and begins where the one before it ends. `adapters`: of each sequence, or None; left out, none has "
+           "one.");
+  nb::class_<Adapter>(m, "Adapter", "Low-rank changes of one model's matrices, which stay beside them.")
+      .def("__init__",
+           [](Adapter* self, const Loaded& model, const std::map<std::string, Pair>& pairs) {
+             new (self) Adapter(adapter_of(model, pairs));
+           },
+           "model"_a, "pairs"_a, nb::keep_alive<1, 2>(),
+           "`pairs`: tensor name -> (A [rank, inputs], B turned [rank, outputs]), float32, which are copied.")
+      .def_prop_ro("largest_rank", &Adapter::largest_rank);
 }
 
 }  // namespace rookery

@@ -27,7 +27,7 @@ std::vector<float> Reader::mixes(std::initializer_list<const char*> names, bool 
 }
 
 Matrix Reader::matrix(const std::string& name, int64_t out, int64_t in) const {
-  return weights.borrow(at_ + name, Order::rows, out, in);
+  return weights.changeable(at_ + name, weights.borrow(at_ + name, Order::rows, out, in));
 }
 
 Projection Reader::projection(const std::string& name, int64_t out, int64_t in) {
@@ -40,7 +40,7 @@ Projection Reader::projection(const std::string& name, int64_t out, int64_t in) 
 }
 
 Matrix Reader::by_columns(const std::string& name, int64_t out, int64_t in) const {
-  return weights.turned(at_ + name, Order::rows, out, in);
+  return weights.changeable(at_ + name, weights.turned(at_ + name, Order::rows, out, in));
 }
 
 Matrix Reader::first_factor(const std::string& name, int64_t rank) const {
@@ -53,7 +53,7 @@ Matrix Reader::second_factor(const std::string& name, int64_t rank, int64_t bloc
 
 void Model::read_ends(Reader& reader) {
   reader.leave();
-  embedding_ = reader.matrix("emb.weight", sizes.vocab, sizes.width);
+  embedding_ = reader.weights.borrow("emb.weight", Order::rows, sizes.vocab, sizes.width);
   norm_in_ = reader.norm("blocks.0.ln0");
   norm_out_ = reader.norm("ln_out");
   head_ = reader.matrix("head.weight", sizes.vocab, sizes.width);
@@ -106,6 +106,7 @@ void Model::finish(Weights& weights, int threads) {
   weights.fill(threads);
   copies_ = weights.copies();
   largest_rank_ = weights.largest_rank;
+  matrices_ = weights.changeable();
 }
 
 void Model::forward(
@@ -138,7 +139,7 @@ void Model::forward(
   for (Segment segment : segments)
     while (segment.tokens > 0) {
       const int64_t some = std::min(segment.tokens, most - count);
-      piece.push_back({segment.state, some, segment.from});
+      piece.push_back({segment.state, some, segment.from, segment.adapter});
       segment.from = nullptr;
       segment.tokens -= some;
       count += some;

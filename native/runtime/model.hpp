@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 #include <initializer_list>
+#include <map>
 #include <memory>
 #include <span>
 #include <string>
@@ -52,12 +53,15 @@ struct ChannelMix {
   bool has_gate() const { return receptance.out > 0; }
 };
 
+class Adapter;
+
 // Some tokens of one sequence; `state` [Sizes::state()] is advanced, or written from `from`, the state of a segment
-// before this one in the same call.
+// before this one in the same call. What an `adapter` adds holds for these tokens alone.
 struct Segment {
   float* state;
   std::int64_t tokens;
   const float* from = nullptr;
+  const Adapter* adapter = nullptr;
 };
 
 // The part of a call that goes through the model at once.
@@ -117,6 +121,9 @@ class Model {
   // Makes `state` [Sizes::state()] that before the first token.
   virtual void begin(float* state) const { std::fill_n(state, sizes.state(), 0.0f); }
 
+  // Tensor name -> matrix, of those that adapters may change.
+  const std::map<std::string, Matrix>& matrices() const { return matrices_; }
+
   const Sizes sizes;
   const Isa isa;
   // Columns of the second matrices of channel mixes that were read (and those that there are), over all calls.
@@ -147,6 +154,7 @@ class Model {
   std::shared_ptr<ModelFile> file_;  // null: mapped weights are used where they lie
   std::unique_ptr<EmbeddingCache> cache_;
   std::int64_t largest_rank_ = 0;  // of factored projections
+  std::map<std::string, Matrix> matrices_;
   std::vector<std::shared_ptr<std::byte[]>> copies_;
   mutable Workspaces workspaces_;
 };

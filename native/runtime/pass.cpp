@@ -18,7 +18,16 @@ Pass::Pass(const Model& model, const Call& call, int64_t mixes)
       count_(static_cast<int64_t>(call.tokens.size())), wanted_(call.wanted), first_(call.first),
       logits_(call.logits), mixes_(std::max<int64_t>(mixes, 2)), sparse_(count_ <= product_.few_tokens) {
   starts_.push_back(0);
-  for (const Segment& segment : segments_) starts_.push_back(starts_.back() + segment.tokens);
+  for (const Segment& segment : segments_) {
+    const Range tokens{starts_.back(), starts_.back() + segment.tokens};
+    starts_.push_back(tokens.end);
+    if (!segment.adapter) continue;
+    adapter_rank_ = std::max(adapter_rank_, segment.adapter->largest_rank());
+    if (!adapted_.empty() && adapted_.back().adapter == segment.adapter && adapted_.back().tokens.end == tokens.begin)
+      adapted_.back().tokens.end = tokens.end;
+    else
+      adapted_.push_back({segment.adapter, tokens});
+  }
 }
 
 void Pass::run(Workspace& memory) {
@@ -34,6 +43,7 @@ void Pass::run(Workspace& memory) {
     prepared_ = memory.take(mixes_ * slot_);
     hidden_prepared_ = memory.take(prepared_floats(count_, sizes_.hidden));
     factors_ = memory.take(most_jobs * count_ * model_.largest_rank_);
+    adapter_factors_ = memory.take(most_jobs * count_ * adapter_rank_);
     take_for_guesses(memory);
     place(memory);
   });
@@ -123,6 +133,7 @@ void Pass::at_once(std::span<const Job> jobs) const {
     products.at(i) = prepared(*jobs[i].matrix, jobs[i].product, slot);
     slot += products[i].integers.values || products[i].rounded.values;
   }
+  first_factors(jobs, adapted_);
   shared_out(total, unit(), jobs[0].matrix->bytes_of_output(), [&](Range range) {
     int64_t first = 0;
     for (std::size_t i = 0; i < jobs.size(); ++i) {
@@ -131,6 +142,7 @@ void Pass::at_once(std::span<const Job> jobs) const {
       first += job.matrix->out;
       if (part.empty()) continue;
       multiply(*job.matrix, products[i], part);
+      add_second_factors(*job.matrix, products[i], static_cast<int64_t>(i), adapted_, part);
       if (job.then)
         for (int64_t t = 0; t < count_; ++t)
           job.then(job.product.y + t * job.product.y_stride + part.begin, part.end - part.begin);
@@ -152,6 +164,7 @@ void Pass::add_output(const Matrix& matrix) {
   watch_.mark(StepPart::recurrence);
   const Product product = prepared(matrix, dense(y_, sizes_.width, x_, sizes_.width, true));
   shared_out(sizes_.width, unit(), matrix.bytes_of_output(), [&](Range range) { multiply(matrix, product, range); });
+  add_change(matrix, product);
   watch_.mark(StepPart::output);
 }
 
@@ -171,6 +184,7 @@ void Pass::channel_mix(std::size_t i) {
   }
   gate = prepared(mix.receptance, gate, 1);
   const Product key = prepared(mix.key, dense(mixed_, width, hidden_, hidden));
+  first_factors(std::array{Job{&mix.key, key, nullptr}, Job{&mix.receptance, gate, nullptr}}, adapted_);
   shared_out(units + mix.receptance.out, cut, mix.key.bytes_of_output(), [&](Range range) {
     const Range of_hidden{range.begin, std::min(range.end, hidden)};
     const Range of_gate{std::max(range.begin, units) - units, range.end - units};
@@ -185,7 +199,9 @@ void Pass::channel_mix(std::size_t i) {
         if (sparse_) hidden_columns(mix, of_hidden);
       }
     }
-    if (!of_gate.empty()) multiply(mix.receptance, gate, of_gate);
+    if (of_gate.empty()) return;
+    multiply(mix.receptance, gate, of_gate);
+    add_second_factors(mix.receptance, gate, 1, adapted_, of_gate);
   });
   if (!mix.has_gate()) {
     add_hidden_columns(mix, x_);
@@ -203,6 +219,7 @@ void Pass::channel_mix(std::size_t i) {
 void Pass::hidden_units(const ChannelMix& mix, const Product& key, Range range) {
   const int64_t hidden = sizes_.hidden;
   multiply(mix.key, key, range);
+  add_second_factors(mix.key, key, 0, adapted_, range);
   for (int64_t t = 0; t < count_; ++t)
     relu_squared_.forward[0](hidden_ + t * hidden, hidden_ + t * hidden, range.begin, range.end);
 }
@@ -242,6 +259,7 @@ void Pass::add_hidden_columns(const ChannelMix& mix, float* y) {
     });
   else
     multiply_hidden(mix.value, mix.value_from, y);
+  add_change(mix.value, dense(hidden_, sizes_.hidden, y, width));
 }
 
 void Pass::multiply_hidden(const Matrix& value, int64_t from, float* y) {
@@ -265,8 +283,11 @@ void Pass::head() {
   Product product = dense(y_, width, logits_, sizes_.vocab);
   product.tokens = wanted;
   product = prepared(model_.head_, product);
+  const auto adapted = wanted_adapted();
+  first_factors(std::array{Job{&model_.head_, product, nullptr}}, adapted);
   shared_out(sizes_.vocab, unit(), model_.head_.bytes_of_output(), [&](Range range) {
     multiply(model_.head_, product, range);
+    add_second_factors(model_.head_, product, 0, adapted, range);
   });
 }
 

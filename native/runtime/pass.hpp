@@ -13,6 +13,7 @@
 #include "kernels/relu_squared.hpp"
 #include "kernels/shadow.hpp"
 #include "kernels/token_shift.hpp"
+#include "runtime/adapter.hpp"
 #include "runtime/model.hpp"
 
 namespace rookery {
@@ -28,6 +29,12 @@ struct Job {
   Product product;
   void (*then)(float* x, std::int64_t count);
   const Matrix* first = nullptr;  // where the matrix has two factors: the one that is applied before `matrix`
+};
+
+// Neighbouring tokens that have one adapter.
+struct Adapted {
+  const Adapter* adapter;
+  Range tokens;
 };
 
 class Pass {
@@ -160,6 +167,15 @@ class Pass {
   void exact_logits(std::int32_t cluster, const Product& product) const;
   void add_hidden_columns(const ChannelMix& mix, float* y);
   void multiply_hidden(const Matrix& value, std::int64_t from, float* y);
+  // What adapters add to products, in two steps: A · x of all jobs at once, then B times that for some of the outputs.
+  // `slot` is the job's place among those of the first step; `adapted` are the tokens of the product that have one.
+  void first_factors(std::span<const Job> jobs, std::span<const Adapted> adapted) const;
+  void add_second_factors(
+      const Matrix& matrix, const Product& product, std::int64_t slot, std::span<const Adapted> adapted,
+      Range outputs) const;
+  // Both, of one product.
+  void add_change(const Matrix& matrix, const Product& product) const;
+  std::vector<Adapted> wanted_adapted() const;
   void head();
   void head_by_clusters(std::int64_t row);
   void take_for_guesses(Workspace& memory);
@@ -180,6 +196,8 @@ class Pass {
   std::span<const std::int32_t> wanted_;
   std::int64_t first_;  // number of the first token among those of the whole call
   float* logits_;
+  std::vector<Adapted> adapted_;
+  std::int64_t adapter_rank_ = 0;  // the largest
   std::int64_t mixes_;
   bool sparse_;  // columns of hidden units that are zero are not read
 
@@ -189,6 +207,7 @@ class Pass {
   mutable Watch watch_{model_.times};
   std::int32_t* active_;              // [hidden]
   float* factors_;                    // [jobs, tokens, rank], between the factors of projections
+  float* adapter_factors_;            // the same, of adapters
   float *low_guess_, *scores_, *padded_;  // [tokens, rank], [tokens, hidden], [tokens, width filled up]: of guesses
   std::uint8_t* is_guessed_;          // [tokens, hidden]
   float *guessed_clusters_, *sorted_logits_;  // [clusters]; [vocab], in the order of clusters

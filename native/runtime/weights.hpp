@@ -53,6 +53,10 @@ class Weights {
   // A copy of a tensor [in, out] in blocks of `block` outputs, each stored by columns; the matrix is the first of them.
   Matrix in_blocks(const std::string& name, std::int64_t out, std::int64_t in, std::int64_t block);
 
+  // `matrix`, which adapters that name it may change.
+  Matrix changeable(const std::string& name, Matrix matrix) { return changeable_[name] = matrix; }
+  const std::map<std::string, Matrix>& changeable() const { return changeable_; }
+
   // Makes the copies that `turned` and `in_blocks` promised, on `threads` threads.
   void fill(int threads);
   const std::set<std::string>& borrowed() const { return borrowed_; }
@@ -71,6 +75,7 @@ class Weights {
   std::set<std::string> borrowed_;
   std::vector<std::shared_ptr<std::byte[]>> copies_;
   std::vector<Copy> pending_;
+  std::map<std::string, Matrix> changeable_;
 };
 
 }  // namespace rookery

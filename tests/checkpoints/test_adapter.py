@@ -118,6 +118,24 @@ def test_both_forms_of_bat_change_blocks(tmp_path, base):
         check(base, pth(tmp_path / f"{name}.pth", {f"{DOWN}.{name}": blocks}), {f"{DOWN}.weight": want})
 
 
+def test_bone_ab_multiplies_with_one_block_and_adds_another(tmp_path, base):
+    r, old = 8, weights(base)[f"{DOWN}.weight"]
+    for count, by_rows in ((4, True), (12, False)):
+        first, second, want = numbers(count, r, r), numbers(count, r, r), old.copy()
+        for a in range(4):
+            for b in range(12):
+                block, at = old[a * r :, b * r :][:r, :r], a if by_rows else b
+                want[a * r : a * r + r, b * r : b * r + r] = block + block @ first[at] + second[at]
+        path = pth(tmp_path / f"{count}.pth", {f"{DOWN}.bone_A": first, f"{DOWN}.bone_B": second})
+        check(base, path, {f"{DOWN}.weight": want})
+        merged = adapted(open_checkpoint(base), path)
+        back = adapted(merged, path, undo=True)
+        np.testing.assert_allclose(back.tensors[f"{DOWN}.weight"].read(), old, atol=1e-3)
+    refused = pth(tmp_path / "half.pth", {f"{DOWN}.bone_A": first})
+    with pytest.raises(BadCheckpoint, match="Bone-AB has bone_A and bone_B of one shape"):
+        adapted(open_checkpoint(base), refused)
+
+
 def folder(path, tensors, **settings):
     path.mkdir()
     write_safetensors(path / "adapter_model.safetensors", tensors, {})

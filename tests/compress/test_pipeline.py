@@ -13,9 +13,10 @@ from rookery.checkpoints.lite import read_manifest
 from rookery.checkpoints.pack import unpack
 from rookery.compress import Settings, compress, compress_model, load
 from rookery.compress.pipeline import written
+from rookery.engine.llm import LLM
 from rookery.engine.memory import formula
 from rookery.engine.runners.native import NativeRunner
-from rookery.errors import BadCheckpoint
+from rookery.errors import BackendUnavailable, BadCheckpoint
 from rookery.models import create_model, save_model
 
 FAMILIES = ("rwkv7", "rwkv6", "rwkv5", "rwkv4")
@@ -184,6 +185,12 @@ def test_the_plain_model_of_a_compressed_file_is_read_by_all(small7):
         plain.blocks[0].att.key.weight, low.second.weight @ low.first.weight, atol=2e-2, rtol=2e-2
     )
     assert plain.fingerprint() == open_checkpoint(small7).fingerprint()
+
+
+def test_an_adapter_is_not_put_beside_a_compressed_model(tmp_path, small7):
+    torch.save({"blocks.0.att.key.disha": torch.zeros(4, 32)}, tmp_path / "a.pth")
+    with pytest.raises(BackendUnavailable, match="merge it into the original and compress that"):
+        LLM(small7).adapted(tmp_path / "a.pth")
 
 
 def test_a_dense_layer_stays_dense_and_is_told(tmp_path):

@@ -126,7 +126,8 @@ def adapted(
     """
     if not isinstance(adapter, Adapter):
         adapter = read_adapter(adapter, alpha=alpha)
-    held = _held(checkpoint, adapter, undo=undo, sequential=sequential)
+    own = digest_of(adapter)
+    held = _held(checkpoint, adapter, own, undo=undo, sequential=sequential)
     states = states_among(adapter.whole)
     tensors = _in_names_of(adapter, checkpoint)
     changed: dict[str, Stored] = {}
@@ -139,7 +140,8 @@ def adapted(
         if name not in states:
             changed[name] = _replaced(name, tensor, tensors, adapter, checkpoint)
     official = _official(checkpoint, tensors | changed)
-    metadata = {**checkpoint.metadata, "fingerprint": _fingerprint(checkpoint, adapter), HELD: ",".join(held)}
+    fingerprint = fingerprint_with(checkpoint.fingerprint(), own)
+    metadata = {**checkpoint.metadata, "fingerprint": fingerprint, HELD: ",".join(held)}
     if undo:
         del metadata["fingerprint"]  # that of the weights as they are, which is the base's
     kept = {**checkpoint.kept, **states}
@@ -147,9 +149,9 @@ def adapted(
     return replace(checkpoint, tensors=official, metadata=metadata, kept=kept, unused=tuple(kept), lite={})
 
 
-def _held(checkpoint: Checkpoint, adapter: Adapter, *, undo: bool, sequential: bool) -> list[str]:
+def _held(checkpoint: Checkpoint, adapter: Adapter, own: str, *, undo: bool, sequential: bool) -> list[str]:
     """What the model will hold, by `digest_of`; BadCheckpoint where it must not be merged, or cannot be taken out."""
-    own, marked = digest_of(adapter), HELD in checkpoint.metadata
+    marked = HELD in checkpoint.metadata
     held = [mark for mark in checkpoint.metadata.get(HELD, "").split(",") if mark]
     if undo:
         if adapter.whole:
@@ -175,7 +177,9 @@ def _held(checkpoint: Checkpoint, adapter: Adapter, *, undo: bool, sequential: b
 
 def digest_of(adapter: Adapter) -> str:
     """Names an adapter by its numbers and its strength."""
-    digest = hashlib.sha256(f"{adapter.alpha} {adapter.settings.get('lora_alpha')}".encode())
+    strength = [adapter.alpha, adapter.settings.get("lora_alpha")]
+    strength += [adapter.settings[key] for key in ("use_rslora", "alpha_pattern") if adapter.settings.get(key)]
+    digest = hashlib.sha256(" ".join(map(str, strength)).encode())
     tensors = {f"{m}.{name}": t for m, factors in adapter.factors.items() for name, t in factors.items()}
     for name, tensor in sorted((tensors | dict(adapter.whole)).items()):
         digest.update(name.encode() + np.ascontiguousarray(tensor.read()).tobytes())
@@ -262,8 +266,7 @@ def _rule(shape: rules.Shape, module: str, factors: Mapping[str, Stored], adapte
     if shared and len(shapes) == 1:
         name = shared[0]
         if len(shapes[name]) == 2:
-            # the oldest files of RWKV-PEFT keep [out, r]; peft's [r, out / n] must not be taken for it
-            turned = name in ("bone", "disha") and shapes[name][1] != shape[0] == shapes[name][0]
+            turned = rules.is_turned(shape, shapes[name], name)
             rules.check_shards(shape, shapes[name][::-1] if turned else shapes[name])
             return lambda weight, values: rules.shards(weight, values[name].T if turned else values[name], undo=undo)
         if len(shapes[name]) == 3:
@@ -272,6 +275,12 @@ def _rule(shape: rules.Shape, module: str, factors: Mapping[str, Stored], adapte
                 rules.check_inverse(factors[name].read())
                 return lambda weight, values: rules.without_affine_blocks(weight, values[name], by_rows=SHARED[name])
             return lambda weight, values: rules.affine_blocks(weight, values[name], by_rows=SHARED[name])
+    if "bone_A" in shapes or "bone_B" in shapes:
+        by_rows = rules.check_two_blocks(shape, shapes)
+        if undo:
+            rules.check_inverse(factors["bone_A"].read())
+        turn = rules.without_affine_blocks if undo else rules.affine_blocks
+        return lambda weight, values: turn(weight, values["bone_A"], values["bone_B"], by_rows=by_rows)
     if any(name not in KNOWN for name in shapes):
         raise rules.Misfit(f"its tensors {', '.join(map(short, shapes))} are of no kind that is known")
     if "lora_embedding_A" in shapes or "lora_embedding_B" in shapes:
@@ -308,6 +317,9 @@ def _other_base(adapter: Adapter, checkpoint: Checkpoint) -> str:
     return f"the adapter was trained on another model{trained} than {checkpoint.path!r} ({sizes})"
 
 
-def _fingerprint(checkpoint: Checkpoint, adapter: Adapter) -> str:
-    """Names the merged model: its states are not those of the base."""
-    return hashlib.sha256(f"{checkpoint.fingerprint()} {digest_of(adapter)}".encode()).hexdigest()[:32]
+def fingerprint_with(base: str, adapter: str) -> str:
+    """Names the model of fingerprint `base` with the adapter of this digest, merged or beside it.
+
+    The states of one are not those of the other.
+    """
+    return hashlib.sha256(f"{base} {adapter}".encode()).hexdigest()[:32]

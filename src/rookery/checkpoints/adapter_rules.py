@@ -32,31 +32,70 @@ def table(weight: np.ndarray, factors: Factors, scale: float, *, undo: bool = Fa
     return weight + (-scale if undo else scale) * (factors["lora_embedding_B"] @ factors["lora_embedding_A"]).T
 
 
+def pair(factors: Factors, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """LoRA as A [r, in] and B [out, r] of a change B·A that stays beside the weight."""
+    a, b = factors["lora_A"], scale * factors["lora_B"]
+    if "init_lora_A" in factors:  # what PiSSA took out of the weights at first is still in them here
+        a, b = np.concatenate([a, factors["init_lora_A"]]), np.concatenate([b, -factors["init_lora_B"]], axis=1)
+    return a, b
+
+
+def shard_pair(shape: Shape, shared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same of MiSS: row j of A has ones where the column i is j modulo r (adaptation.md C.2.1)."""
+    outputs, inputs = shape
+    a = np.arange(inputs) % shared.shape[0] == np.arange(shared.shape[0])[:, None]
+    return a.astype(np.float32), repeated(shared, outputs).T
+
+
+def repeated(shared: np.ndarray, outputs: int) -> np.ndarray:
+    """D [r, out] of mini's [r, out / n]."""
+    return np.tile(shared, (1, outputs // shared.shape[1]))
+
+
+def shared_rows(shape: Shape, shared: np.ndarray, name: str) -> np.ndarray:
+    """MiSS's D as [r, out / n], whichever way its file keeps it; Misfit where it does not fit the weight."""
+    shared = shared.T if is_turned(shape, shared.shape, name) else shared
+    check_shards(shape, shared.shape)
+    return shared
+
+
+def is_turned(weight: Shape, shared: Shape, name: str) -> bool:
+    """True for the oldest files of RWKV-PEFT, which keep [out, r]; peft's [r, out / n] must not be taken for it."""
+    return name in ("bone", "disha") and shared[1] != weight[0] == shared[0]
+
+
 def shards(weight: np.ndarray, shared: np.ndarray, *, undo: bool = False) -> np.ndarray:
     """MiSS, once Bone: every column i gets row i mod r of D [r, out]; D [r, out / n] is repeated n times."""
     outputs, inputs = weight.shape
-    shared = np.tile(shared, (1, outputs // shared.shape[1]))
+    shared = repeated(shared, outputs)
     change = shared[np.arange(inputs) % shared.shape[0]].T
     return weight - change if undo else weight + change
 
 
-def affine_blocks(weight: np.ndarray, blocks: np.ndarray, *, by_rows: bool) -> np.ndarray:
-    """BAT: blocks W[a, b] of r × r become W[a, b]·B + B, with a B for every a (row of blocks), or for every b."""
+def affine_blocks(
+    weight: np.ndarray, blocks: np.ndarray, added: np.ndarray | None = None, *, by_rows: bool
+) -> np.ndarray:
+    """BAT: blocks W[a, b] of r × r become W[a, b] + W[a, b]·B + B, with a B for every a (row of blocks), or every b.
+
+    Bone-AB adds another one than it multiplies with.
+    """
     (outputs, inputs), r = weight.shape, blocks.shape[1]
     cut = weight.reshape(outputs // r, r, inputs // r, r).swapaxes(1, 2)  # [a, b, r, r]
-    factor = blocks[:, None] if by_rows else blocks[None]
-    changed = cut + cut @ factor + factor
+    factor, term = (x[:, None] if by_rows else x[None] for x in (blocks, blocks if added is None else added))
+    changed = cut + cut @ factor + term
     return changed.swapaxes(1, 2).reshape(outputs, inputs)
 
 
-def without_affine_blocks(weight: np.ndarray, blocks: np.ndarray, *, by_rows: bool) -> np.ndarray:
+def without_affine_blocks(
+    weight: np.ndarray, blocks: np.ndarray, added: np.ndarray | None = None, *, by_rows: bool
+) -> np.ndarray:
     """What `affine_blocks` was given: blocks (W'[a, b] − B)·(I + B)⁻¹, in float64."""
     (outputs, inputs), r = weight.shape, blocks.shape[1]
     cut = weight.astype(np.float64).reshape(outputs // r, r, inputs // r, r).swapaxes(1, 2)
-    factor = blocks.astype(np.float64)
-    inverse = np.linalg.inv(np.eye(r) + factor)
-    factor, inverse = (x[:, None] if by_rows else x[None] for x in (factor, inverse))
-    return ((cut - factor) @ inverse).swapaxes(1, 2).reshape(outputs, inputs).astype(weight.dtype)
+    inverse = np.linalg.inv(np.eye(r) + blocks.astype(np.float64))
+    term = (blocks if added is None else added).astype(np.float64)
+    term, inverse = (x[:, None] if by_rows else x[None] for x in (term, inverse))
+    return ((cut - term) @ inverse).swapaxes(1, 2).reshape(outputs, inputs).astype(weight.dtype)
 
 
 def check_inverse(blocks: np.ndarray) -> None:
@@ -99,6 +138,19 @@ def check_blocks(weight: Shape, blocks: Shape, *, by_rows: bool) -> None:
     count, r = blocks[:2]
     if blocks[2] != r or outputs % r or inputs % r or count * r != (outputs if by_rows else inputs):
         raise Misfit(f"a factor {_times(blocks)} does not cut a weight {_times(weight)} into blocks")
+
+
+def check_two_blocks(weight: Shape, factors: Mapping[str, Shape]) -> bool:
+    """The same for Bone-AB; whether its blocks are per row of blocks, which their number tells.
+
+    A square weight's are per column, as in the code that trained such files.
+    """
+    if factors.keys() != {"bone_A", "bone_B"} or factors["bone_A"] != factors["bone_B"] or len(factors["bone_A"]) != 3:
+        raise Misfit("Bone-AB has bone_A and bone_B of one shape, [blocks, r, r]")
+    count, r = factors["bone_A"][:2]
+    by_rows = count * r != weight[1]
+    check_blocks(weight, factors["bone_A"], by_rows=by_rows)
+    return by_rows
 
 
 def _pair(weight: Shape, a: tuple[str, Shape], b: tuple[str, Shape]) -> None:

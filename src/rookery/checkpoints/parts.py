@@ -8,7 +8,7 @@ from pathlib import Path
 from rookery.checkpoints.source import Stored, short
 from rookery.checkpoints.tuned_state import states_among
 
-ADAPTERS = re.compile(r"\.(lora_[AaBb]|lora_M|bone|disha|lora_embedding_[AB])(\.|$)")
+ADAPTERS = re.compile(r"\.(lora_[AaBb]|lora_M|bone(_[AB])?|disha|lora_embedding_[AB])(\.|$)")
 """Marks of adapter tensors in the names of RWKV-PEFT and peft."""
 EMBEDDINGS = ("emb.weight", "embeddings.weight", "token_embd.weight", "embed_tokens.weight")
 

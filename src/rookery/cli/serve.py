@@ -181,17 +181,20 @@ def swapped(given: argparse.Namespace, first: Any) -> dict[str, Any]:
 
 
 def adapted(given: argparse.Namespace, files: dict[str, str], first: Any) -> dict[str, Any]:
-    """Adapters of the first model by name."""
-    from rookery.adapt.hot_swap import HotAdapters
-    from rookery.engine.llm import LLM
-    from rookery.engine.runners.torch import TorchRunner
+    """Adapters of the first model by name; those that its runner cannot swap run on torch, which then holds it, too."""
+    from rookery.errors import BackendUnavailable
 
-    runner = first.runner
-    if not isinstance(runner, TorchRunner):
-        print("adapters are swapped in torch: the model is held there, too", file=sys.stderr)
-        runner = TorchRunner.load(first.path)
-    adapters = HotAdapters(runner.model)
+    in_torch, found = None, {}
     for name, file in files.items():
-        adapters.load(name, file, alpha=given.adapter_alpha)
-    how = {"tokenizer": first.tokenizer, "template": given.template}
-    return {name: LLM.from_runner(adapters.runner(name), **how) for name in files}
+        try:
+            found[name] = first.adapted(file, alpha=given.adapter_alpha)
+        except BackendUnavailable as reason:
+            if in_torch is None:
+                from rookery.engine.llm import LLM
+                from rookery.engine.runners.torch import TorchRunner
+
+                print(f"{reason}; torch holds the model for this one, too", file=sys.stderr)
+                runner, how = TorchRunner.load(first.path), {"tokenizer": first.tokenizer, "template": given.template}
+                in_torch = LLM.from_runner(runner, **how)
+            found[name] = in_torch.adapted(file, alpha=given.adapter_alpha)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import operator
@@ -16,7 +17,7 @@ import numpy as np
 from rookery.checkpoints import hub
 from rookery.checkpoints.pack import FORMATS
 from rookery.engine.session import CHUNK, END_OF_TEXT, Session
-from rookery.errors import BackendUnavailable, BadCheckpoint, BadTokenizer, MissingDependency, UnknownName
+from rookery.errors import BackendUnavailable, BadCheckpoint, BadTokenizer, MissingDependency, UnknownName, unknown
 from rookery.registry import families_in_order
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ class LLM:
     what the compiled runtime does not know. `tokenizer` is a tokenizer, or the name or file of one; left out, it is
     found when text is first needed. `template` names the form of a conversation that the model was trained on ("g1",
     "world", "raven"), where its file name does not tell. `adapter` is a file of RWKV-PEFT or a folder of peft
-    that is merged into the weights, `adapter_alpha` the alpha of a LoRA whose file does not say it.
+    that is merged into the weights, `adapter_alpha` the alpha of a LoRA whose file does not say it. `adapters` (name ->
+    file) are not merged: each text says which it wants (`generate("…", adapter="name")`), and texts of one batch may
+    have different ones; see `adapted`.
     `settings` are fields of the model's config that no file tells, as {"bits": 4} for a 4-bit ROSA model. `lean`, for
     compressed models on the compiled runtime, holds no more of the file in memory than tokens need. `preload` reads
     all weights into memory at the start instead of mapping them (see `NativeRunner`): later there, then faster. Raises
@@ -64,6 +67,7 @@ class LLM:
         template: str | None = None,
         adapter: str | os.PathLike[str] | None = None,
         adapter_alpha: float | None = None,
+        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
         settings: Mapping[str, Any] | None = None,
         lean: bool = False,
         preload: bool = False,
@@ -81,6 +85,8 @@ class LLM:
 
             checkpoint = adapted(checkpoint, adapter, alpha=adapter_alpha)
         self._set(_runner(checkpoint, threads, isa, device, quantize, lean, preload), checkpoint, tokenizer, template)
+        for name, file in (adapters or {}).items():
+            self.adapters[name] = self.adapted(file, alpha=adapter_alpha)
 
     @classmethod
     def from_runner(
@@ -108,6 +114,8 @@ class LLM:
         """The model's file or folder, if it came from one."""
         self.cache: StateCache | None = None
         """Set one, and prompts are not read twice: `llm.cache = StateCache(1 << 30)`."""
+        self.adapters: dict[str, LLM] = {}
+        """The model with adapters, by name: `llm.adapters["mine"] = llm.adapted("mine.pth")`; `del` forgets one."""
         self._metadata = checkpoint.metadata if checkpoint else {}
         self._start = _start(checkpoint, runner) if checkpoint else None
         self._tokenizer, self._template = tokenizer, template
@@ -164,40 +172,59 @@ class LLM:
         ignore_eos: bool = False,
         stop: str | Sequence[str] = (),
         bos: bool = False,
+        adapter: str | Sequence[str | None] | None = None,
         **sampling: Any,
     ) -> Any:
         """The text that follows `prompt` (text or token ids); the options are those of `Session.stream`.
 
         A list of prompts gives a list of texts, made side by side: the weights are read once for all of them, and what
         prompts have in common is read once. Each text is that of its prompt alone with the same seed; `seed` may be a
-        list, too. `bos` begins with token 0, which some models expect at the start of a text.
+        list, too. `bos` begins with token 0, which some models expect at the start of a text. `adapter` names one of
+        `adapters`, or one for each prompt of a list (None: no adapter).
         """
         options = {"temperature": temperature, "ignore_eos": ignore_eos, "stop": stop} | sampling
         if _is_list(prompt):
-            return self._generate_all(prompt, max_tokens, seed, bos, options)
-        return "".join(self.stream(prompt, max_tokens, bos=bos, seed=seed, **options))
+            return self._generate_all(prompt, max_tokens, seed, bos, adapter, options)
+        return "".join(self.stream(prompt, max_tokens, bos=bos, adapter=adapter, seed=seed, **options))
 
     def _generate_all(
-        self, prompts: Sequence, max_tokens: int, seed: int | Sequence[int] | None, bos: bool, options: dict[str, Any]
+        self,
+        prompts: Sequence,
+        max_tokens: int,
+        seed: int | Sequence[int] | None,
+        bos: bool,
+        adapter: str | Sequence[str | None] | None,
+        options: dict[str, Any],
     ) -> list[str]:
         from rookery.engine.scheduler import Scheduler
         from rookery.engine.state_cache import StateCache
 
-        seeds = [seed] * len(prompts) if seed is None or isinstance(seed, int) else list(seed)
-        if len(seeds) != len(prompts):
-            raise ValueError(f"there are {len(seeds)} seeds for {len(prompts)} prompts; give one, or one for each")
-        scheduler = Scheduler(self, cache=StateCache() if self.cache is None else self.cache)
+        seeds = _of_each(seed, prompts, "seeds", int)
+        names = _of_each(adapter, prompts, "adapters", str)
+        scheduler = Scheduler(self)
+        models = {name: self._with(name) for name in names}
+        caches = {name: StateCache() if llm.cache is None else llm.cache for name, llm in models.items()}
         start = [END_OF_TEXT] if bos else []
         texts = [
-            scheduler.submit(start + self.tokens_of(prompt), max_tokens, seed=seed, **options)
-            for prompt, seed in zip(prompts, seeds)
+            scheduler.submit(
+                start + self.tokens_of(prompt), max_tokens, llm=models[name], cache=caches[name], seed=seed, **options
+            )
+            for prompt, seed, name in zip(prompts, seeds, names)
         ]
         return [text.text() for text in texts]
 
     def stream(
-        self, prompt: str | Sequence[int], max_tokens: int = 256, *, bos: bool = False, **options: Any
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int = 256,
+        *,
+        bos: bool = False,
+        adapter: str | None = None,
+        **options: Any,
     ) -> Iterator[str]:
         """As `generate`, piece by piece; each piece is made of whole characters."""
+        if adapter is not None:
+            return self._with(adapter).stream(prompt, max_tokens, bos=bos, **options)
         tokens = [*([END_OF_TEXT] if bos else []), *self.tokens_of(prompt)]
         if self.cache is None:
             session = self.session()
@@ -215,12 +242,42 @@ class LLM:
 
         return text()
 
-    def session(self, state: str | os.PathLike[str] | None = None) -> Session:
+    def session(self, state: str | os.PathLike[str] | None = None, *, adapter: str | None = None) -> Session:
         """A new conversation, or one that goes on from the file `state`: a session's, a state's, or a tuned state.
 
-        Where the model's file carries a tuned state, every new conversation starts from that.
+        Where the model's file carries a tuned state, every new conversation starts from that. `adapter` names one of
+        `adapters`, which the session then keeps to.
         """
-        return Session(self) if state is None else Session.load(self, state)
+        llm = self._with(adapter)
+        return Session(llm) if state is None else Session.load(llm, state)
+
+    def adapted(self, adapter: str | os.PathLike[str], *, alpha: float | None = None) -> LLM:
+        """The same model on the same weights with an adapter that stays beside them, as the merged model would answer.
+
+        Loading costs the adapter's own size and is possible at any time, beside texts that are being written. The
+        compiled runtime takes LoRA, rsLoRA, PiSSA, MiSS and mini, on weights of any precision, and sums in one order
+        whatever else is in a batch; torch takes DoRA and BAT too. It has no cache yet, since states differ from
+        the base's. BadCheckpoint where the adapter does not fit this model, BackendUnavailable for a form that the
+        runner cannot swap.
+        """
+        from rookery.checkpoints.adapter import read_adapter
+
+        llm = self._on_same_weights()
+        llm.runner = self.runner.adapted(read_adapter(adapter, alpha=alpha))
+        return llm
+
+    def _with(self, adapter: str | None) -> LLM:
+        """The model with one of `adapters`."""
+        if adapter is not None and adapter not in self.adapters:
+            raise unknown("adapter", adapter, self.adapters, "`LLM.adapters`")
+        return self if adapter is None else self.adapters[adapter]
+
+    def _on_same_weights(self) -> LLM:
+        with contextlib.suppress(BadTokenizer, MissingDependency):  # found once for all; token ids work without one
+            _ = self.tokenizer
+        llm = copy.copy(self)
+        llm.cache, llm.adapters = None, {}
+        return llm
 
     def starting_from(self, state: str | os.PathLike[str]) -> LLM:
         """The same model on the same weights, whose texts all start from the tuned state in a file.
@@ -230,8 +287,7 @@ class LLM:
         """
         from rookery.checkpoints.tuned_state import read_tuned_state
 
-        llm = copy.copy(self)
-        llm.cache = None
+        llm = self._on_same_weights()
         llm._start = onto_fresh(read_tuned_state(hub.local(state)), self.runner)
         return llm
 
@@ -285,6 +341,14 @@ class LLM:
             if not 0 <= token < vocab_size:
                 raise ValueError(f"{source} token {token}, the model knows 0 to {vocab_size - 1}")
         return ids
+
+
+def _of_each(given: Any, prompts: Sequence, what: str, kind: type) -> list[Any]:
+    """One for each prompt, of what was given once or as a list."""
+    found = [given] * len(prompts) if given is None or isinstance(given, kind) else list(given)
+    if len(found) != len(prompts):
+        raise ValueError(f"there are {len(found)} {what} for {len(prompts)} prompts; give one, or one for each")
+    return found
 
 
 def _is_list(prompt: Any) -> bool:

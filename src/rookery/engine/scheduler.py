@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from rookery.engine.position import RECENT, Position
+from rookery.engine.runners.protocol import base_of
 from rookery.engine.session import Session
 from rookery.engine.state_cache import StateCache, common, cuts_of
 from rookery.engine.stream import Order, TextStream, TokenStream
@@ -195,13 +196,12 @@ class Scheduler:
         """Asks for the text that follows `prompt`; `options` are those of `Session.stream`, and wrong ones raise here.
 
         `session` is continued instead of a new one; nobody else may use it until the request is done. `llm` is another
-        start on the same weights (`LLM.starting_from`), `cache` what keeps its prefixes. With `tokens` the pieces are
-        token ids.
-        `notify` is called on the scheduler's thread when a piece is there, and at the end, `watch` whenever tokens have
-        been read, while the session's state holds still.
+        start or an adapter on the same weights (`LLM.starting_from`, `LLM.adapted`), `cache` what keeps its prefixes.
+        With `tokens` the pieces are token ids. `notify` is called on the scheduler's thread when a piece is there, and
+        at the end, `watch` whenever tokens have been read, while the session's state holds still.
         """
         llm = llm or self.llm
-        if llm.runner is not self.llm.runner:
+        if base_of(llm.runner) is not base_of(self.llm.runner):
             raise ValueError("this scheduler runs another model; give the text to that model's own scheduler")
         stops = None if tokens else (stop,) if isinstance(stop, str) else tuple(stop)
         order = Order.of(llm, max_tokens, stop=stops, **options)

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from rookery import __version__
 from rookery.engine.llm import LLM
+from rookery.engine.runners.protocol import base_of
 from rookery.serve import other, responses, text
 from rookery.serve.guard import Guard
 from rookery.serve.hosting import Hosted, Limits
@@ -80,7 +81,7 @@ def hosting(
         raise ValueError("a server needs at least one model")
     hosted: dict[str, Hosted] = {}
     for name, llm in models.items():
-        same = (other.scheduler for other in hosted.values() if other.llm.runner is llm.runner)
+        same = (other.scheduler for other in hosted.values() if base_of(other.llm.runner) is base_of(llm.runner))
         shared = {"scheduler": next(same, None), "parent": parents.get(name)}
         hosted[name] = Hosted(name, llm, limits, **shared, folder=folder, place=place)
     return hosted

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from rookery.checkpoints.adapter import Adapter, digest_of, fingerprint_with
 from rookery.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from rookery.checkpoints.pack import FORMATS, for_runtime, plan
 from rookery.engine.runners.lite import Reads, file_tensors, guessing
@@ -32,8 +35,8 @@ SMALL = 64 << 20
 class NativeRowState:
     """One sequence's state: all its numbers in one float32 array, in the runtime's order."""
 
-    def __init__(self, config: Recurrent, numbers: np.ndarray, tokens_seen: int = 0) -> None:
-        self.config, self.numbers, self.tokens_seen = config, numbers, tokens_seen
+    def __init__(self, config: Recurrent, numbers: np.ndarray, tokens_seen: int = 0, adapter: Any = None) -> None:
+        self.config, self.numbers, self.tokens_seen, self.adapter = config, numbers, tokens_seen, adapter
 
     @property
     def nbytes(self) -> int:
@@ -44,7 +47,7 @@ class NativeRowState:
         """An independent copy."""
         numbers = _aligned(len(self.numbers))
         numbers[:] = self.numbers
-        return NativeRowState(self.config, numbers, self.tokens_seen)
+        return NativeRowState(self.config, numbers, self.tokens_seen, self.adapter)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Copies of all tensors under their names in state files, each [1, …], with "tokens_seen" int64 [1]."""
@@ -117,6 +120,9 @@ class NativeRunner:
         self.family = checkpoint.family.name
         self.config: Any = checkpoint.config
         self._fingerprint = checkpoint.fingerprint
+        self.adapter: Any = None
+        """What is beside the weights for states that this runner makes: a `_native.Adapter`."""
+        self._base: NativeRunner | None = None
         self.lite = bool(checkpoint.lite)
         """Whether the model is a compressed one (RWKV-Lite)."""
         if self.lite and quantize is not None:
@@ -157,6 +163,29 @@ class NativeRunner:
         """What was read since `read_counts` gave `before`."""
         return Reads.between(before, self.read_counts(), self.config.vocab_size)
 
+    def adapted(self, adapter: Adapter) -> NativeRunner:
+        """The same weights with the factors of a LoRA, PiSSA, MiSS or mini beside them, in float32; see `Runner`."""
+        if self.lite:
+            raise BackendUnavailable(
+                f"{adapter.path!r} cannot be put beside a compressed model: its matrices are not those that the "
+                "adapter was trained on; merge it into the original and compress that"
+            )
+        from rookery import _native
+        from rookery.checkpoints.swapped import low_rank_pairs
+
+        shapes = {name.removesuffix(".weight"): shape for name, shape in self._model.matrices.items()}
+        pairs = low_rank_pairs(adapter, shapes, self.family)
+        factors = {f"{module}.weight": tuple(map(_floats, (a, b.T))) for module, (a, b) in pairs.items()}
+        runner = copy.copy(self)
+        runner._base, runner.adapter = self.base, _native.Adapter(self._model, factors)
+        runner._fingerprint = partial(fingerprint_with, self.base.fingerprint(), digest_of(adapter))
+        return runner
+
+    @property
+    def base(self) -> NativeRunner:
+        """The runner itself, or the one that `adapted` was called of first."""
+        return self._base or self
+
     @property
     def isa(self) -> str:
         """The instruction set in use."""
@@ -168,7 +197,7 @@ class NativeRunner:
 
     def init_state(self, tensors: Mapping[str, np.ndarray] | None = None) -> NativeRowState:
         """The state before the first token, or the one that `RowState.tensors` gave; BadState where it does not fit."""
-        state = NativeRowState(self.config, _aligned(self._model.state_size))
+        state = self._blank(0, self.adapter)
         if tensors is None:
             self._model.begin(state.numbers)
             return state
@@ -214,6 +243,16 @@ class NativeRunner:
             return []
         ids = [_token_ids(row, self.config.vocab_size) for row in rows]
         check_rows(ids, states, logits)
+        if len({id(state.adapter) for state in states}) > 1:  # neighbours with one adapter read it together
+            order = sorted(range(len(rows)), key=lambda row: id(states[row].adapter))
+            ids, states, logits = ([given[row] for row in order] for given in (ids, states, logits))
+            found = dict(zip(order, self._rows(ids, states, logits)))
+            return [found[row] for row in range(len(rows))]
+        return self._rows(ids, states, logits)
+
+    def _rows(
+        self, ids: Sequence[np.ndarray], states: Sequence[NativeRowState], logits: Sequence[Wanted]
+    ) -> list[np.ndarray]:
         ends = np.cumsum([len(row) for row in ids])
         counts = [asked(how, len(row)) for row, how in zip(ids, logits)]
         wanted = np.concatenate([np.arange(end - count, end, dtype=np.int32) for end, count in zip(ends, counts)])
@@ -232,12 +271,12 @@ class NativeRunner:
         if not 0 <= steps < len(ids):
             raise ValueError(f"steps must lie between 0 and {len(ids) - 1} for {len(ids)} tokens, got {steps}")
         first = len(ids) - steps
-        states = [state.copy(), *(self._blank(state.tokens_seen) for _ in range(steps))]
+        states = [state.copy(), *(self._blank(state.tokens_seen, state.adapter) for _ in range(steps))]
         wanted = np.arange(first - 1, len(ids), dtype=np.int32)
         return self._run(ids, states, [first, *[1] * steps], wanted, chained=True), states
 
-    def _blank(self, tokens_seen: int) -> NativeRowState:
-        return NativeRowState(self.config, _aligned(self._model.state_size), tokens_seen)
+    def _blank(self, tokens_seen: int, adapter: Any) -> NativeRowState:
+        return NativeRowState(self.config, _aligned(self._model.state_size), tokens_seen, adapter)
 
     def select(self, states: Sequence[NativeRowState], rows: Sequence[int]) -> list[NativeRowState]:
         """States by index, in any order and number; one that is chosen once is not copied."""
@@ -252,7 +291,9 @@ class NativeRunner:
         chained: bool = False,
     ) -> np.ndarray:
         logits = np.empty((len(wanted), self.config.vocab_size), np.float32)
-        self._model.forward(ids, [state.numbers for state in states], lengths, wanted, logits, self.threads, chained)
+        adapters = [state.adapter for state in states]
+        numbers = [state.numbers for state in states]
+        self._model.forward(ids, numbers, lengths, wanted, logits, self.threads, chained, adapters)
         for state, length in zip(states, np.cumsum(lengths).tolist() if chained else lengths):
             state.tokens_seen += length
         return logits
@@ -297,6 +338,10 @@ def _usable(tensor: np.ndarray, wanted: np.dtype | None) -> np.ndarray:
     dtype = wanted or (tensor.dtype if tensor.dtype in DTYPES.values() else np.dtype(np.float32))
     tensor = np.ascontiguousarray(tensor, dtype)
     return tensor.view(np.uint16) if dtype == BFLOAT16 else tensor
+
+
+def _floats(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array, np.float32)
 
 
 def _aligned(count: int) -> np.ndarray:

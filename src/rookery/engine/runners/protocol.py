@@ -5,6 +5,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from rookery.checkpoints.adapter import Adapter
+
 Wanted = Literal["none", "last", "all"] | int
 """Which positions' logits a call computes, or how many of the last ones: the head is a large part of the work, so
 prefill asks for the last alone."""
@@ -56,8 +58,21 @@ class Runner(Protocol):
         little more than either.
         """
 
+    def adapted(self, adapter: Adapter) -> "Runner":
+        """The same weights with an adapter beside them, which nothing merges.
+
+        States that it makes belong to the adapter: whichever runner on these weights is given them computes with it,
+        and rows of one batch may have different ones. BadCheckpoint where it does not fit the model, BackendUnavailable
+        for a form that this runner cannot swap.
+        """
+
     def select(self, states: Sequence[RowState], rows: Sequence[int]) -> list[RowState]:
         """States by index, in any order and number: what beam search keeps. The given ones are used up."""
+
+
+def base_of(runner: Runner) -> Runner:
+    """What holds the weights that `runner` runs on: itself, where it is not one with an adapter."""
+    return getattr(runner, "base", runner)
 
 
 def asked(wanted: Wanted, tokens: int) -> int:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from rookery.checkpoints.adapter import Adapter, digest_of, fingerprint_with
 from rookery.checkpoints.checkpoint import Checkpoint
 from rookery.engine.runners.protocol import Wanted, asked, check_rows, select
 from rookery.engine.runners.torch_graphs import CudaGraphs, Steps
@@ -15,6 +19,9 @@ from rookery.engine.runners.torch_rows import TorchRowState, together
 from rookery.errors import BadState
 from rookery.nn.language_model import LanguageModel
 from rookery.state import State
+
+if TYPE_CHECKING:
+    from rookery.adapt.hot_swap import Changes, HotSwap
 
 STEP = -1
 """A kind of call: one token of a row whose steps are captured. Other kinds are numbers of kernel features."""
@@ -37,6 +44,10 @@ class TorchRunner:
         if device.type == "cuda" and model.static_step:
             self.steps = Steps(model, self._logits, CudaGraphs(device))
         self._hosts: dict[int, LanguageModel] = {}
+        self._base: TorchRunner | None = None
+        self._swap: HotSwap | None = None
+        self._changes: Changes | None = None
+        self._digest = ""
 
     @classmethod
     def load(
@@ -52,13 +63,32 @@ class TorchRunner:
         return cls(load(path, device=device), threads)
 
     def fingerprint(self) -> str:
-        return self.model.fingerprint()
+        own = self.model.fingerprint()
+        return fingerprint_with(own, self._digest) if self._digest else own
+
+    def adapted(self, adapter: Adapter) -> TorchRunner:
+        """The same weights with an adapter of any form beside them; see `Runner`. One adapter computes at a time."""
+        from rookery.adapt.hot_swap import HotSwap
+
+        base = self.base
+        base._swap = base._swap or HotSwap(self.model)
+        runner = copy.copy(base)
+        runner._base, runner._changes, runner._digest = base, base._swap.changes(adapter), digest_of(adapter)
+        return runner
+
+    @property
+    def base(self) -> TorchRunner:
+        """The runner itself, or the one that `adapted` was called of first."""
+        return self._base or self
+
+    def _using(self, changes: Changes | None) -> AbstractContextManager:
+        return nullcontext() if self._swap is None else self._swap.using(changes)
 
     def init_state(self, tensors: Mapping[str, np.ndarray] | None = None) -> TorchRowState:
         if tensors is None:
-            return TorchRowState(self.model.init_state(1))
+            return TorchRowState(self.model.init_state(1), changes=self._changes)
         features = tensors["layers.0.kstate"].shape[-1] if "layers.0.kstate" in tensors else 0
-        return TorchRowState(State.from_arrays(tensors, self._host(features)))
+        return TorchRowState(State.from_arrays(tensors, self._host(features)), changes=self._changes)
 
     def _host(self, features: int) -> LanguageModel:
         """What runs states of so many kernel features: the model itself, or one that shares its weights."""
@@ -75,15 +105,16 @@ class TorchRunner:
 
     @torch.inference_mode()
     def forward(self, tokens: Sequence[int], state: TorchRowState, logits: Wanted = "last") -> np.ndarray:
-        if self._kind(tokens, state) == STEP:
+        if self._kind(tokens, state)[0] == STEP:
             return self.forward_rows([tokens], [state], [logits])[0]
         device = state.state.tokens_seen.device
         row = torch.tensor(list(tokens), dtype=torch.int64, device=device)[None]
         count = asked(logits, len(tokens))
-        features, state.state = self._host(_features(state)).last_features(row, state.state, count)
-        if not count:
-            return np.empty((0, self.config.vocab_size), np.float32)
-        return self._logits(features[0]).cpu().numpy()
+        with self._using(state.changes):
+            features, state.state = self._host(_features(state)).last_features(row, state.state, count)
+            if not count:
+                return np.empty((0, self.config.vocab_size), np.float32)
+            return self._logits(features[0]).cpu().numpy()
 
     @torch.inference_mode()
     def forward_rows(
@@ -99,8 +130,14 @@ class TorchRunner:
         kinds = [self._kind(*row) for row in zip(rows, states)]
         if len({*kinds}) > 1:
             return self._rows_of_each_kind(rows, states, logits, kinds)
-        if kinds[0] == STEP and (stepped := self._stepped(rows, states, logits)) is not None:
-            return stepped
+        with self._using(states[0].changes):
+            if kinds[0][0] == STEP and (stepped := self._stepped(rows, states, logits)) is not None:
+                return stepped
+            return self._rows_of_one_kind(rows, states, logits)
+
+    def _rows_of_one_kind(
+        self, rows: Sequence[Sequence[int]], states: Sequence[TorchRowState], logits: Sequence[Wanted]
+    ) -> list[np.ndarray]:
         model = self._host(_features(states[0]))
         batch = together(states)
         device, lengths = batch.tokens_seen.device, [len(row) for row in rows]
@@ -120,11 +157,11 @@ class TorchRunner:
             return [np.empty((0, self.config.vocab_size), np.float32) for _ in rows]
         return np.split(self._logits(features[places]).cpu().numpy(), np.cumsum(counts)[:-1])
 
-    def _kind(self, tokens: Sequence[int], state: TorchRowState) -> int:
+    def _kind(self, tokens: Sequence[int], state: TorchRowState) -> tuple[int, int]:
         """What rows must have in common to be computed in one call."""
         features = _features(state)
-        captured = self.steps is not None and not self.steps.broken
-        return STEP if captured and len(tokens) == 1 and not features else features
+        captured = self.steps is not None and not self.steps.broken and state.changes is None
+        return STEP if captured and len(tokens) == 1 and not features else features, id(state.changes)
 
     def _stepped(
         self, rows: Sequence[Sequence[int]], states: Sequence[TorchRowState], logits: Sequence[Wanted]
@@ -143,9 +180,13 @@ class TorchRunner:
         return logits
 
     def _rows_of_each_kind(
-        self, rows: Sequence[Sequence[int]], states: Sequence[TorchRowState], logits: Sequence[Wanted], kinds: list[int]
+        self,
+        rows: Sequence[Sequence[int]],
+        states: Sequence[TorchRowState],
+        logits: Sequence[Wanted],
+        kinds: list[tuple[int, int]],
     ) -> list[np.ndarray]:
-        """A call for each kind: steps, plain rows, rows with so many features of a kernel state."""
+        """A call for each kind: steps, plain rows, rows with so many features of a kernel state or with an adapter."""
         found: dict[int, np.ndarray] = {}
         for kind in {*kinds}:
             places = [i for i, own in enumerate(kinds) if own == kind]
@@ -158,7 +199,7 @@ class TorchRunner:
         if len({id(state.batch) for state in states}) > 1:
             return select(states, rows)
         batch = states[0].batch.select([states[row].row for row in rows])
-        return [TorchRowState(batch, i) for i in range(len(rows))]
+        return [TorchRowState(batch, i, states[row].changes) for i, row in enumerate(rows)]
 
 
 def _features(state: TorchRowState) -> int:

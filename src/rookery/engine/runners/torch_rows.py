@@ -10,6 +10,7 @@ import numpy as np
 from rookery.state import State, cat
 
 if TYPE_CHECKING:
+    from rookery.adapt.hot_swap import Changes
     from rookery.engine.runners.torch_graphs import Steps
 
 
@@ -20,8 +21,8 @@ class TorchRowState:
     same rows are called again.
     """
 
-    def __init__(self, batch: State, row: int = 0) -> None:
-        self.batch, self.row = batch, row
+    def __init__(self, batch: State, row: int = 0, changes: Changes | None = None) -> None:
+        self.batch, self.row, self.changes = batch, row, changes
         self.home: Steps | None = None
         """Whose seats `batch` is: the next step there changes it."""
 
@@ -51,7 +52,7 @@ class TorchRowState:
         return self.batch.nbytes // self.batch.batch
 
     def copy(self) -> TorchRowState:
-        return TorchRowState(self.state)  # by itself: what is kept must not keep a whole batch
+        return TorchRowState(self.state, changes=self.changes)  # alone: what is kept must not keep a whole batch
 
     def tensors(self) -> dict[str, np.ndarray]:
         return self.state.arrays()
