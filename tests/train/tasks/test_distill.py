@@ -16,8 +16,9 @@ from rookery.errors import UnknownName
 from rookery.models import create_model, load, save_model
 from rookery.recipes import recipe
 from rookery.recipes.distill import OWN_DATA, STAGES
+from rookery.train import loop
 from rookery.train.config import ConvertConfig, DistillConfig, FinetuneConfig, OptimConfig, overlay
-from rookery.train.loop import one_step, prepare, train
+from rookery.train.loop import prepare, train
 from rookery.train.optim import groups_of, learning_rate, mixer_rate
 from rookery.train.stages import is_finished, staged
 
@@ -41,6 +42,11 @@ def config(tmp_path):
         "threads": 1,
     }
     return overlay(DistillConfig(), values)
+
+
+def one_step(run, out):
+    """What is logged of the next step."""
+    return loop.one_step(run, out)[0]
 
 
 def weights(folder):
