@@ -76,8 +76,11 @@ class OptimConfig:
     """Rate of converted models' mixers (names with ".self_attn."), where it is one of their own; 0 for `lr`. It stays
     until `mixer_hold` of the steps and falls by a quarter of a cosine to `mixer_final_lr` at `mixer_end` (RADLADS)."""
     mixer_final_lr: float = 1e-5
+    """What the mixers' own rate falls to."""
     mixer_hold: float = 0.833
+    """Share of the steps after which it begins to fall."""
     mixer_end: float = 0.875
+    """Share of the steps at which it has fallen."""
     ema: float = 0.0
     """What an average of the weights keeps of itself at each step, (1 + steps) / (10 + steps) where that is less; the
     average is what is judged and written. 0 for none."""
