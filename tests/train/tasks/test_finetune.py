@@ -255,7 +255,7 @@ def test_long_conversations_are_reported(config, caplog):
 
 def test_every_recipe_says_what_it_is_for():
     assert all(make.__doc__ for make in RECIPES.values())
-    assert sum(isinstance(make(), FinetuneConfig) for make in RECIPES.values()) == 12
+    assert sum(isinstance(make(), FinetuneConfig) for make in RECIPES.values()) == 13
 
 
 @pytest.mark.parametrize(
