@@ -307,25 +307,28 @@ constexpr std::array<decltype(&add_part<Kind, 1, 1>), sizeof...(n)> all_tiles(st
   return {add_part<Kind, n / strip_tokens + 1, n % strip_tokens + 1>...};
 }
 
-// The parts of a block of inputs, which `panel` has, are added to `totals` [tokens, vectors, lanes].
-template <class Kind>
+// The parts of a block of inputs, which `panel` has, are added to `totals` [tokens, vectors, lanes]. Calls ask() before
+// every tile.
+template <class Kind, class Ask>
 void add_block(
     const Product& p, int64_t i, int64_t count, int vectors, const typename Kind::Number* panel,
-    typename Kind::Number* room, float* totals) {
+    typename Kind::Number* room, float* totals, Ask&& ask) {
   static constexpr auto tiles = all_tiles<Kind>(std::make_integer_sequence<int, strip * strip_tokens>{});
   for (int64_t t = 0; t < p.tokens; t += strip_tokens) {
     const int64_t tokens = std::min<int64_t>(strip_tokens, p.tokens - t);
     const auto* x = Kind::inputs(p, t, i, count, room);
     for (int64_t m = 1; m < tokens; ++m) Kind::inputs(p, t + m, i, count, room + m * block_in);
     const auto add = tiles[static_cast<std::size_t>((vectors - 1) * strip_tokens + tokens - 1)];
-    for (int64_t k = 0; k < count; k += part_inputs)
+    for (int64_t k = 0; k < count; k += part_inputs) {
+      ask();
       add(panel + k * vectors * lanes, x + k, Kind::stride(p),
           (std::min(part_inputs, count - k) + Kind::step - 1) / Kind::step, totals + t * vectors * lanes);
+    }
   }
 }
 
-// Inputs in blocks, and in each the outputs in strips: a block's columns are asked for as a whole while the one before
-// it is used, because a strip of them is too narrow to be read from memory by itself.
+// Inputs in blocks, and in each the outputs in strips: a block's columns are asked for as a whole, some before every tile
+// of the block before it, because a strip of them is too narrow to be read from memory by itself.
 template <class T, class Kind>
 void many_tokens_by_columns(const Matrix& w, const Product& p, int64_t begin, int64_t end) {
   using Number = typename Kind::Number;
@@ -344,14 +347,19 @@ void many_tokens_by_columns(const Matrix& w, const Product& p, int64_t begin, in
   for (int64_t i = 0; i < w.in; i += block_in) {
     const int64_t count = std::min(block_in, w.in - i), next = i + count;
     const int64_t next_count = std::min(block_in, w.in - next);
+    const int64_t tiles = (p.tokens + strip_tokens - 1) / strip_tokens * ((count + part_inputs - 1) / part_inputs);
     for (int64_t s = 0; s < strips; ++s) {
-      for (int64_t k = next_count * s / strips; k < next_count * (s + 1) / strips; ++k)
-        for (int64_t j = begin; j < end; j += line / static_cast<int64_t>(sizeof(T)))
-          __builtin_prefetch(weights<T>(w) + (next + k) * w.pitch() + j, 0, 2);
+      int64_t k = next_count * s / strips;
+      const int64_t stop = next_count * (s + 1) / strips, piece = (stop - k) / tiles + 1;
+      const auto ask = [&] {
+        for (const int64_t to = std::min(stop, k + piece); k < to; ++k)
+          for (int64_t j = begin; j < end; j += line / static_cast<int64_t>(sizeof(T)))
+            __builtin_prefetch(weights<T>(w) + (next + k) * w.pitch() + j, 0, 2);
+      };
       const int64_t o = begin + s * width, outputs = std::min(width, end - o);
       const int vectors = vectors_of(outputs);
       Kind::fill(w, i, count, o, outputs, vectors, panel);
-      add_block<Kind>(p, i, count, vectors, panel, room, totals + s * size);
+      add_block<Kind>(p, i, count, vectors, panel, room, totals + s * size, ask);
     }
   }
   for (int64_t s = 0; s < strips; ++s) {
