@@ -218,7 +218,8 @@ class TimeMix(rwkv7.TimeMix):
         if v_first is None:
             v_first = v
         else:
-            v = v.lerp(v_first, (self.v0 + xv @ self.v1 @ self.v2).sigmoid())
+            share = (self.v0 + xv @ self.v1 @ self.v2).sigmoid()
+            v = v.lerp(v_first, share.to(v.dtype))  # under autocast sums are wider than products
         log_w, k, a, b = wkv7_inputs(
             k=k,
             decay_logit=self.w0 + (xw @ self.w1).tanh() @ self.w2,

@@ -52,7 +52,8 @@ class TimeMix(Projections):
         if v_first is None:
             v_first = v
         else:
-            v = v.lerp(v_first, (self.v0 + x @ self.v1 @ self.v2).sigmoid())
+            share = (self.v0 + x @ self.v1 @ self.v2).sigmoid()
+            v = v.lerp(v_first, share.to(v.dtype))  # under autocast sums are wider than products
         v = v.unflatten(-1, (-1, dim))
         # float32: log decays are summed over many tokens
         logit = (self.w0 + (x @ self.w1).tanh() @ self.w2).to(state.wkv.dtype)

@@ -142,7 +142,8 @@ class Gated(nn.Module):
         self.gate = nn.Linear(2 * config.head_dim, config.head_dim)
 
     def forward(self, attended: Tensor, read: Tensor) -> Tensor:
-        return read.lerp(attended, self.gate(torch.cat([attended, read], dim=-1)).sigmoid())
+        gate = self.gate(torch.cat([attended, read], dim=-1)).sigmoid()
+        return read.lerp(attended.to(read.dtype), gate.to(read.dtype))  # under autocast states are wider than products
 
 
 class Additive(nn.Module):
