@@ -122,8 +122,10 @@ def test_runs_that_make_no_sense_are_refused(tmp_path, base):
         TrainConfig(longce=LongCEConfig(truncation=4), piece_length=8)
     with pytest.raises(ValueError, match="longce weighs tokens of windows"):
         TrainConfig(longce=LongCEConfig(truncation=4), data=DataConfig(order="documents"))
-    with pytest.raises(ValueError, match="longce and train_only are for models that learn running text"):
+    with pytest.raises(ValueError, match='adapt.method must be "full"'):
         FinetuneConfig(train_only="blocks.*")
+    with pytest.raises(ValueError, match="longce is for models that learn running text"):
+        FinetuneConfig(longce=LongCEConfig(truncation=4))
     with pytest.raises(ValueError, match=r"longce.floor \(2\) must lie between 0 and longce.cap"):
         LongCEConfig(floor=2, cap=1)
     with pytest.raises(ValueError, match="must be 0 or more"):

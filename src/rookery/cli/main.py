@@ -41,7 +41,17 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (that of the process by default) and gives its exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    code = _exit_code(list(sys.argv[1:] if argv is None else argv))
+    if argv is None and "LOCAL_RANK" in os.environ:  # torchrun has started this process and others
+        # torch's threads may ask for Python's lock while the interpreter shuts down: that aborts, and torchrun would
+        # end the others for it
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _exit_code(argv: list[str]) -> int:
     try:
         return _dispatch(argv)
     except KeyboardInterrupt:
